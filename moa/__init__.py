@@ -1,0 +1,1 @@
+"""MoA: Mixture-of-Attention for personalised image generation."""
