@@ -52,7 +52,7 @@ def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
 
 
 def _named(rng: np.random.Generator, values: dict[str, str], probability: float) -> dict[str, str]:
-    """Keep each attribute with `probability`. One number is drawn for each, so that wordings share a stream."""
+    """Keep each attribute with `probability`; one number is drawn for each, whatever the probability."""
     return {name: value for name, value in values.items() if rng.random() < probability}
 
 
@@ -107,7 +107,7 @@ def _dress(
 
 
 def _background(rng: np.random.Generator, context: Context, probability: float) -> tuple[str, dict[str, str]]:
-    """Such as ", in front of green hills", and the facts that it states; the colour is named only with the kind."""
+    """Such as ", in front of green hills", and its facts; the colour is named only with the kind."""
     named = _named(rng, {name: getattr(context, name) for name in world.BACKGROUND_ATTRIBUTES}, probability)
     if "background" not in named:
         return "", {}
@@ -148,5 +148,5 @@ def task_caption(scene: Scene, rng: np.random.Generator, wording: Wording = TASK
 
 
 def web_caption(scene: Scene, rng: np.random.Generator, wording: Wording = WEB) -> Caption:
-    """Context and appearance, such as "a woman with a red bun and tan skin in a green hoodie, sad, in space"."""
+    """Context and appearance, such as "a woman with a red bun in a green hoodie, sad, in space"."""
     return caption(scene, rng, wording)

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -35,9 +36,9 @@ MOUTH_Y, FACE_WIDTH = 158, 112
 
 TOP_VARIANTS = {
     "short": "shortFlat", "quiff": "frizzle", "spiky": "dreads02", "afro": "fro", "mullet": "shaggyMullet",
-    "undercut": "shavedSides", "knit_hat": "winterHat02", "brim_hat": "hat", "turban": "turban", "bob": "bob", "bun": "bun",
-    "curly": "curly", "straight": "straight02", "wavy": "bigHair", "dreadlocks": "dreads", "flowers": "frida",
-    "hijab": "hijab", "trapper": "winterHat1",
+    "undercut": "shavedSides", "knit_hat": "winterHat02", "brim_hat": "hat", "turban": "turban", "bob": "bob",
+    "bun": "bun", "curly": "curly", "straight": "straight02", "wavy": "bigHair", "dreadlocks": "dreads",
+    "flowers": "frida", "hijab": "hijab", "trapper": "winterHat1",
 }  # fmt: skip
 HAIR_HEX = {
     "black": "#1e1a1d", "brown": "#7a4522", "blond": "#f0c64a", "red": "#d8431c", "white": "#eeeeee",
@@ -95,7 +96,7 @@ def _style(name: str) -> Style:
     return Style(json.loads(files("dicebear_styles").joinpath(f"{name}.json").read_text("utf-8")))
 
 
-def _draw(style: str, options: dict[str, object]) -> str:
+def _draw(style: str, options: Mapping[str, object]) -> str:
     """What lies between a drawing's <svg> tags, without licence metadata and without its clip to the canvas.
 
     The clip would cut a turned or shifted bust along the old frame.
@@ -103,7 +104,7 @@ def _draw(style: str, options: dict[str, object]) -> str:
     body = re.sub(
         r"^<svg[^>]*>|</svg>$|<!--.*?-->|<metadata.*?</metadata>",
         "",
-        Avatar(_style(style), options).to_string(),
+        Avatar(_style(style), dict(options)).to_string(),
     )
     return body if style != "avataaars" else re.sub(r' clip-path="url\(#clip-[0-9a-f]+\)"', "", body, count=1)
 
@@ -171,7 +172,7 @@ def _figure(identity: Identity, appearance: Appearance, size: int) -> Pixels:
     return _rasterise(body, size, transform=_transform(appearance.pose))
 
 
-def _background_options(kind: str, color: str) -> dict[str, object]:
+def _background_options(kind: str, color: str) -> dict[str, str]:
     """Colours of a background kind; its shapes are left to the seed."""
     pale, light, middle, deep, dark = SHADES[color]
     still = {"animationVariant": "none"}
@@ -224,17 +225,21 @@ def _background(kind: str, color: str, seed: int, size: int) -> Pixels:
 PROP_SVG = {
     "cup": '<path d="M30 -22h16a20 22 0 0 1 0 46h-20" stroke="#b3261e" stroke-width="10"/>'
     '<path d="M-38 -42h72l-6 84a10 10 0 0 1 -10 8h-40a10 10 0 0 1 -10 -8z" fill="#e2382e"/>'
-    '<ellipse cx="-2" cy="-42" rx="36" ry="9" fill="#fff2e0"/><path d="M-35 -6h66l-2 22h-62z" fill="#fff2e0"/>',
+    '<ellipse cx="-2" cy="-42" rx="36" ry="9" fill="#fff2e0"/>'
+    '<path d="M-35 -6h66l-2 22h-62z" fill="#fff2e0"/>',
     "book": '<path d="M-62 -40h62v84h-62z" fill="#1f7a4d"/><path d="M0 -40h62v84h-62z" fill="#28945e"/>'
     '<path d="M-4 -44h8v92h-8z" fill="#125534"/><path d="M12 -22h38v12h-38z M12 2h26v8h-26z" fill="#ffe9a8"/>'
     '<path d="M-52 -26h38v50h-38z" fill="#ffe9a8"/>',
-    "balloon": '<path d="M0 50q14 30 -4 80t6 90" stroke="#333" stroke-width="4"/><ellipse rx="42" ry="52" fill="#ffcf1f"/>'
+    "balloon": '<path d="M0 50q14 30 -4 80t6 90" stroke="#333" stroke-width="4"/>'
+    '<ellipse rx="42" ry="52" fill="#ffcf1f"/>'
     '<path d="M-9 60h18l-9 -14z" fill="#d9a800"/><ellipse cx="-15" cy="-20" rx="9" ry="14" fill="#fff6cf"/>',
-    "bouquet": '<path d="M-26 6h52l-18 88h-16z" fill="#3f9b4f"/><path d="M-32 22h64l-20 74h-24z" fill="#f3ead7"/>'
+    "bouquet": '<path d="M-26 6h52l-18 88h-16z" fill="#3f9b4f"/>'
+    '<path d="M-32 22h64l-20 74h-24z" fill="#f3ead7"/>'
     + "".join(
         f'<circle cx="{x}" cy="{y}" r="18" fill="{petal}"/><circle cx="{x}" cy="{y}" r="7" fill="#ffe27a"/>'
         for x, y, petal in (
-            (-30, 4, "#e23c7d"), (30, 4, "#e23c7d"), (-17, -25, "#8e4fd0"), (17, -25, "#ff7a3d"), (0, 4, "#ffffff"),
+            (-30, 4, "#e23c7d"), (30, 4, "#e23c7d"), (-17, -25, "#8e4fd0"), (17, -25, "#ff7a3d"),
+            (0, 4, "#ffffff"),
         )
     ),
 }  # fmt: skip
@@ -248,7 +253,7 @@ def _prop(prop: Prop, pose: Pose, size: int) -> Pixels:
 
 
 def render(scene: Scene, size: int = 64) -> Rendered:
-    """Draw a scene as a picture of size × size pixels. Later figures stand before earlier ones, the prop before all."""
+    """Draw a scene on size × size pixels: later figures before earlier ones, the prop before all of them."""
     context = scene.context
     image = _background(context.background, context.background_color, context.background_seed, size)
     mask = np.zeros((size, size), np.uint8)

@@ -18,7 +18,7 @@ import numpy as np
 
 Split = Literal["pretrain", "train", "validation", "test"]
 
-# --- Vocabularies: value -> words in captions. `{color}` is the place of the hair (or headwear) colour word. -----
+# --- Vocabularies: value -> words in captions; `{color}` is the place of the colour word -------------------
 
 MAN_TOPS: dict[str, tuple[str, ...]] = {
     "short": ("short {color} hair",),
@@ -133,7 +133,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "prop": ("none", *PROPS),
 }
 
-# Attribute pairs that only the test identities may show: a model that has learned attributes apart, rather than
+# Attribute pairs that only the test identities may show: a model that has learned attributes, rather than
 # memorised faces, must be able to join them.
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = tuple(
     [(("top", top), ("glasses", glasses)) for top, glasses in (
@@ -347,7 +347,7 @@ def labels(scene: Scene, figure: int = 0) -> dict[str, int]:
     return {name: vocabulary.index(values[name]) for name, vocabulary in ATTRIBUTES.items()}
 
 
-# --- Identity sets -----------------------------------------------------------------------------------------------
+# --- Identity sets ----------------------------------------------------------------------------------------
 
 
 def is_held_out(attributes: dict[str, str]) -> bool:
@@ -393,7 +393,7 @@ def identities(split: Split) -> list[Identity]:
     return list(_splits()[split])
 
 
-# --- Sampling ----------------------------------------------------------------------------------------------------
+# --- Sampling ---------------------------------------------------------------------------------------------
 
 
 def _choice(rng: np.random.Generator, vocabulary: Sequence[Any]) -> Any:
