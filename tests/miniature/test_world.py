@@ -1,4 +1,4 @@
-"""The miniature world must be exactly known: same scene, same bytes; disjoint splits; true masks and words."""
+"""The miniature world must be exactly known: same scene, same bytes; disjoint splits; true masks, words."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_what_is_not_in_the_facts_is_not_in_the_text():
 
 
 def test_the_colour_of_headwear_is_never_called_hair():
-    """A red hat over unseen hair is not "red hair": such captions would teach the text encoder a falsehood."""
+    """A red hat over unseen hair is not "red hair": that would teach the text encoder a falsehood."""
     rng = np.random.default_rng(0)
     wearers = [i for i in identities("train") if i.top in world.HEADWEAR]
     for _ in range(150):
