@@ -1,0 +1,91 @@
+"""Content hashes: of the modules that a stage uses, and of JSON-able settings.
+
+Snakemake does not see that a Python module changed. The workflow therefore puts `code_hash` of a stage's module into
+the rule's `params`: editing a file reruns exactly the stages that import it, directly or not. Imports are read from
+the source, so nothing heavy is loaded to compute a hash.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent  # the folder that holds the package
+
+
+def _file(module: str, root: Path) -> Path | None:
+    """The source of a module or package below `root`; None when there is none."""
+    path = root.joinpath(*module.split("."))
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """The module that `from … import` names, with a relative import's dots resolved."""
+    if not node.level:
+        return node.module or ""
+    parts = module.split(".")
+    base = parts[: len(parts) - node.level + is_package]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _imports(module: str, file: Path, root: Path) -> Iterator[str]:
+    """Modules of the same package that a file imports, anywhere in it, lazily or not."""
+    package = module.split(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module, file.name == "__init__.py")
+            for alias in node.names:
+                child = f"{source}.{alias.name}"
+                names.append(child if _file(child, root) else source)
+        yield from (name for name in names if name.split(".")[0] == package and _file(name, root))
+
+
+def _submodules(package: str, root: Path) -> list[str]:
+    """Every module in a package's folder, for packages whose modules register themselves."""
+    folder = root.joinpath(*package.split("."))
+    relative = [path.relative_to(root).with_suffix("") for path in folder.rglob("*.py")]
+    return [".".join(path.parts).removesuffix(".__init__") for path in relative]
+
+
+def used_modules(*modules: str, root: Path = ROOT) -> dict[str, Path]:
+    """Modules that `modules` use, themselves included, sorted by name. `moa.baselines.*` names a whole package.
+
+    A package's `__init__` counts only where something is imported from it by name, not for being a parent.
+    """
+    todo = [m for name in modules for m in (_submodules(name[:-2], root) if name.endswith(".*") else [name])]
+    found: dict[str, Path] = {}
+    while todo:
+        module = todo.pop()
+        if module in found:
+            continue
+        file = _file(module, root)
+        if file is None:
+            raise ModuleNotFoundError(f"{module}: no such module below {root}; name the module that the rule runs")
+        found[module] = file
+        todo.extend(_imports(module, file, root))
+    return dict(sorted(found.items()))
+
+
+@cache
+def code_hash(*modules: str, root: Path = ROOT) -> str:
+    """16 hex digits of the sources that `modules` use (see `used_modules`)."""
+    digest = hashlib.sha256()
+    for name, file in used_modules(*modules, root=root).items():
+        digest.update(f"{name}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def settings_hash(settings: Any) -> str:
+    """16 hex digits of a JSON-able value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
