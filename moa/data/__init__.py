@@ -1,0 +1,1 @@
+"""From photos to training records: captions, person masks, and which words mean whom."""

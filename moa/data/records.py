@@ -1,0 +1,298 @@
+"""Schemas of every table that the data stages exchange, and the only code that reads and writes them.
+
+`docs/schemas.md` explains the columns. Files are written whole or not at all; every page carries a checksum,
+so a cut or damaged file is an error that names it, never a shorter data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from moa.data.errors import BrokenImage, DataError
+
+Row = dict[str, Any]
+IdMap = NDArray[np.int32]
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the Image feature of `datasets`
+_BOX = pa.list_(pa.int32(), 4)  # x1, y1, x2, y2 in pixels; x2 and y2 exclusive
+_FOUND = pa.struct(
+    [
+        ("segment_id", pa.int32()),
+        ("label", pa.string()),
+        ("score", pa.float32()),
+        ("bbox", _BOX),
+        ("area", pa.int32()),
+    ]
+)
+_SUBJECT = pa.struct(
+    [
+        ("segment_id", pa.int32()),
+        ("word", pa.string()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("bbox", _BOX),
+        ("label", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+def _hf_feature(kind: pa.DataType) -> Any:
+    """The `datasets` feature, as JSON, of an arrow type."""
+    if kind == _IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_struct(kind):
+        return {field.name: _hf_feature(field.type) for field in kind}
+    if pa.types.is_fixed_size_list(kind):
+        return {"feature": _hf_feature(kind.value_type), "length": kind.list_size, "_type": "List"}
+    if pa.types.is_list(kind):
+        return {"feature": _hf_feature(kind.value_type), "_type": "List"}
+    return {"dtype": {"float": "float32"}.get(str(kind), str(kind)), "_type": "Value"}
+
+
+def _schema(name: str, columns: Mapping[str, pa.DataType], optional: Sequence[str] = ()) -> pa.Schema:
+    """A schema that carries its name and version, and what `datasets` needs to decode its images.
+
+    Which columns may be empty is kept in the metadata, because `datasets` wants every field to be nullable.
+    """
+    features = {column: _hf_feature(kind) for column, kind in columns.items()}
+    return pa.schema(
+        list(columns.items()),
+        metadata={
+            "moa_schema": f"{name}/1",
+            "moa_optional": json.dumps(list(optional)),
+            "huggingface": json.dumps({"info": {"features": features}}),
+        },
+    )
+
+
+_TEXT = pa.string()
+RAW = _schema(
+    "raw",
+    {
+        "id": _TEXT,
+        "image": _IMAGE,
+        "sha256": _TEXT,
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "source": _TEXT,
+    },
+)
+CAPTION = _schema(
+    "caption",
+    {"id": _TEXT, "caption": _TEXT, "problem": _TEXT, "model": _TEXT, "revision": _TEXT, "settings": _TEXT},
+    optional=("caption", "problem"),
+)
+SEGMENT = _schema(
+    "segment",
+    {
+        "id": _TEXT,
+        "mask": pa.binary(),
+        "segments": pa.list_(_FOUND),
+        "problem": _TEXT,
+        "model": _TEXT,
+        "revision": _TEXT,
+        "settings": _TEXT,
+    },
+    optional=("mask", "problem"),
+)
+RECORD = _schema(
+    "record",
+    {
+        "id": _TEXT,
+        "image": _IMAGE,
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "caption": _TEXT,
+        "segments": pa.list_(_SUBJECT),
+        "mask": pa.binary(),
+        "split": _TEXT,
+        "source": _TEXT,
+        "sha256": _TEXT,
+        "caption_model": _TEXT,
+        "caption_revision": _TEXT,
+        "segment_model": _TEXT,
+        "segment_revision": _TEXT,
+    },
+)
+REJECTED = _schema("rejected", {"id": _TEXT, "reason": _TEXT, "detail": _TEXT})
+SUBJECT = _schema(
+    "subject", {"id": _TEXT, "identity": _TEXT, "word": _TEXT, "image": _IMAGE, "sha256": _TEXT}
+)
+TRUTH = _schema(
+    "truth", {"id": _TEXT, "scene": _TEXT, "caption": _TEXT, "mask": pa.binary(), "labels": _TEXT}
+)
+
+
+# --- Files ------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a neighbouring temporary file, then put it in place of `path` in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")  # the ending names the format
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows as parquet, whole or not at all.
+
+    Raises DataError, naming file and column, if a row lacks a column, has one too many, holds a value of the
+    wrong type, or None where the schema does not allow it.
+    """
+    listed = [dict(row) for row in rows]
+    for row in listed:
+        if set(row) != set(schema.names):
+            wrong = ", ".join(sorted(set(row) ^ set(schema.names)))
+            raise DataError(f"{path}: row {row.get('id')!r} must have the schema's columns; check {wrong}")
+    optional = json.loads((schema.metadata or {}).get(b"moa_optional", b"[]"))
+    columns = [
+        _column(path, [row[field.name] for row in listed], field, field.name in optional) for field in schema
+    ]
+    table = pa.Table.from_arrays(columns, schema=schema)
+    write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def _column(path: str | Path, values: list[Any], field: pa.Field, optional: bool) -> pa.Array:
+    try:
+        column = pa.array(values, field.type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise DataError(f"{path}: column {field.name!r} must be {field.type}: {error}") from error
+    if column.null_count and not optional:
+        raise DataError(f"{path}: column {field.name!r} must not be empty in any row")
+    return column
+
+
+def read_table(path: str | Path, schema: pa.Schema) -> pa.Table:
+    """Read a parquet file and check it against `schema`.
+
+    Raises DataError, naming the file and the cure, if it is missing, cut short or damaged, and, naming the
+    column, if it is a table of another kind.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist; run the workflow to make it, or correct the path")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.schema_arrow
+            if [f.name for f in found] == schema.names:
+                table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is cut short or damaged ({error}); delete it and run the same command again"
+        ) from error
+    _check_schema(path, found, schema)
+    return table.cast(schema)
+
+
+def _check_schema(path: str | Path, found: pa.Schema, wanted: pa.Schema) -> None:
+    kind = (wanted.metadata or {}).get(b"moa_schema", b"").decode()
+    missing = [name for name in wanted.names if name not in found.names]
+    surplus = [name for name in found.names if name not in wanted.names]
+    if missing or surplus:
+        raise DataError(f"{path} is no {kind} table: missing columns {missing}, unknown columns {surplus}")
+    for field in wanted:
+        if found.field(field.name).type != field.type:
+            actual = found.field(field.name).type
+            raise DataError(f"{path} is no {kind} table: column {field.name!r} is {actual}, not {field.type}")
+    if found.names != wanted.names:
+        raise DataError(f"{path} is no {kind} table: its columns must be in the order {wanted.names}")
+
+
+def read_rows(paths: str | Path | Sequence[str | Path], schema: pa.Schema) -> list[Row]:
+    """All rows of one file, or of several in the given order; errors as in `read_table`."""
+    several = [paths] if isinstance(paths, (str, Path)) else paths
+    return [row for path in several for row in read_table(path, schema).to_pylist()]
+
+
+# --- Images and masks -------------------------------------------------------------------------------------
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of bytes in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def encode_image(image: Image.Image | NDArray[np.uint8], path: str | None = None) -> dict[str, Any]:
+    """An image column's value: lossless PNG bytes of an RGB image, given as PIL or as [H, W, 3] uint8."""
+    buffer = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.convert("RGB").save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": path}
+
+
+def decode_image(value: Mapping[str, Any]) -> Image.Image:
+    """The RGB picture of an image column's value, upright, transparency laid over white, 16 bits made 8.
+
+    Raises BrokenImage if there are no bytes, or bytes that cannot be decoded to the last row.
+    """
+    data = value["bytes"]
+    if not data:
+        raise BrokenImage("no image bytes")
+    try:
+        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        picture.load()
+        return _to_rgb(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"image cannot be decoded: {error}") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
+        grey = np.asarray(picture).astype(np.uint32)
+        shift = 8 if grey.max(initial=0) > 255 else 0
+        return Image.fromarray((grey >> shift).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def encode_mask(ids: NDArray[Any]) -> bytes:
+    """PNG bytes of an id map [H, W], whole numbers 0..65535; 8 bits deep where that is enough.
+
+    Raises DataError for another shape or range.
+    """
+    if ids.ndim != 2 or ids.min(initial=0) < 0 or ids.max(initial=0) > 65535:
+        raise DataError(f"an id map is [H, W] with ids 0..65535, not {ids.shape} up to {ids.max(initial=0)}")
+    buffer = io.BytesIO()
+    depth = np.uint8 if ids.max(initial=0) < 256 else np.uint16
+    Image.fromarray(ids.astype(depth)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def decode_mask(data: bytes) -> IdMap:
+    """The id map [H, W], int32, of PNG bytes; 0 is background. Raises DataError if it is no such PNG."""
+    try:
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"mask cannot be decoded: {error}; make its shard again") from error
+    if picture.mode not in ("L", "I", "I;16"):
+        raise DataError(f"a mask is a single-channel PNG, not mode {picture.mode}; make its shard again")
+    return np.asarray(picture).astype(np.int32)
+
+
+def bounding_box(inside: NDArray[np.bool_]) -> list[int]:
+    """[x1, y1, x2, y2] of the true pixels of [H, W], x2 and y2 exclusive; DataError if there is none."""
+    if not inside.any():
+        raise DataError("an empty mask has no bounding box")
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
