@@ -1,0 +1,1 @@
+"""Training: settings, data, the loop, checkpoints and validation images."""

@@ -1,0 +1,159 @@
+"""Checkpoints that a kill at any moment cannot break: written aside, then renamed; safetensors and JSON only.
+
+A run's folder is keyed by everything that its result depends on, so a changed config starts anew, and holds a
+lock that the system lets go of when its process dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything from which training goes on as if it had never stopped."""
+
+    step: int  # steps done
+    weights: dict[str, torch.Tensor]  # trained parameters by name
+    average: dict[str, torch.Tensor]  # their running means (EMA); empty when there is none
+    optimizer: dict[str, torch.Tensor]  # "<parameter>.<entry>", such as "0.exp_avg"
+    state: dict[str, Any]  # JSON: elapsed seconds, rows of the log, open sums
+
+
+def key(**parts: Any) -> str:
+    """Twelve hexadecimal digits that change with any part; parts are JSON values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over the names and bytes of all files under a folder, or of one file."""
+    if folder.is_file():
+        return file_hash(folder)
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the kernel frees it when the holder ends, killed or not.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise RuntimeError(
+                f"{path} is held by process {file.read().strip() or '?'}, which trains the same thing: "
+                "wait for it, or end it"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that others see the old one or the whole new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put folder `new` in the place of `target`, which may exist; both on one file system."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint and delete all but the newest `keep`. Returns its folder."""
+    target = folder / f"step-{checkpoint.step:08d}"
+    part = folder / f".{target.name}.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in ("weights", "average", "optimizer"):
+        tensors: Mapping[str, torch.Tensor] = getattr(checkpoint, name)
+        save_file(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / f"{name}.safetensors"
+        )
+    (part / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state))
+    replace_folder(part, target)
+    for stale in steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{stale:08d}", ignore_errors=True)
+    for left in folder.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return target
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, rising."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for p in folder.iterdir() if (m := STEP_FOLDER.fullmatch(p.name)))
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read one checkpoint folder. Raises ValueError naming the file when it is broken."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = {
+            name: load_file(folder / f"{name}.safetensors") for name in ("weights", "average", "optimizer")
+        }
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} is broken ({error}); delete it and start again") from error
+    return Checkpoint(step=state.pop("step"), state=state, **tensors)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None when there is none."""
+    found = steps(folder)
+    return load(folder / f"step-{found[-1]:08d}") if found else None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """An optimizer's state as named tensors; groups' settings come from the config instead."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Undo `optimizer_tensors`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, entry = name.split(".", 1)
+        state.setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

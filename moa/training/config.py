@@ -1,0 +1,86 @@
+"""Settings of training: one frozen dataclass for both trainees; see `config/*.yaml`, section `train`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. Steps decide when it ends, so that the result does not depend on the clock."""
+
+    method: Literal["moa", "fastcomposer"]
+    seed: int = 0  # of initial weights, order, noise, timesteps, drops, augmentation
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # images an optimizer step, over all processes and accumulated parts
+    accumulation: int = 1  # parts that a process splits its share of the batch into
+    # Optimizer: AdamW
+    lr: float = 5e-5  # [paper, Table 1]
+    lr_warmup: int = 0  # steps of linear rise from 0
+    lr_decay: Literal["none", "cosine"] = "none"  # after the warm-up, to 0 at the last step
+    weight_decay: float = 1e-2  # [FastComposer]
+    clip: float = 1.0  # largest norm of the gradient [FastComposer]
+    ema: float = 0.0  # decay of the running mean of the weights that is saved; 0 = save the weights themselves
+    precision: Literal["no", "fp16", "bf16"] = "no"  # Accelerate's mixed precision; "no" = 32-bit floats
+    # Noise and conditions
+    max_timestep: int = 800  # timesteps are uniform in [0, max_timestep) [paper]
+    p_drop: float = 0.1  # probability that a sample loses text and subjects [paper]
+    keep_object: float = 1.0  # probability that a subject of a kept sample keeps its image [FastComposer: 0.9]
+    masked_probability: float = 1.0  # share of batches with the masked loss [paper: always; FastComposer: 0.5]
+    # Losses
+    router_weight: float = 1e-4  # lambda_r of Eq. 11; not read by fastcomposer
+    object_weight: float = 1e-4  # lambda_o of Eq. 11; FastComposer's localization weight is 1e-3
+    # Subjects
+    max_subjects: int = 4  # the largest segments of a picture [FastComposer]
+    subject_background: Literal["noise", "keep"] = "noise"  # of subject crops [FastComposer: noise]
+    flip: float = 0.5  # probability that a crop is mirrored
+    rotate: float = 0.0  # crops are turned by up to so many degrees
+    zoom: float = 1.0  # crops are enlarged up to so many times
+    brightness: float = 0.0  # crops are brightened or darkened by at most this share
+    image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
+    attention: Literal["explicit", "sdpa"] = "explicit"  # same values; explicit trains faster on a CPU
+    # Work
+    cache: bool = True  # encode latents and captions once, in memory; false for large data
+    workers: int = 0  # processes that load data; 0 = the training process itself
+    log_every: int = 10  # steps a row of log.csv, which holds their mean
+    checkpoint_every: int = 250  # steps between checkpoints
+    checkpoint_seconds: float = 600.0  # and never longer than this apart
+    checkpoints_kept: int = 2
+    validate_every: int = 500  # steps between validation grids; 0 = none
+    validation_subjects: int = 4  # rows of the grid
+    validation_prompts: tuple[str, ...] = ()  # its columns, such as "a {word} on the beach"
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "accumulation", "max_subjects", "log_every", "checkpoint_every",
+                    "checkpoints_kept", "max_timestep"):  # fmt: skip
+            if getattr(self, key) < 1:
+                raise ValueError(f"train.{self.method}.{key} is {getattr(self, key)}, but must be at least 1")
+        for key in ("p_drop", "keep_object", "masked_probability"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"train.{self.method}.{key} is {getattr(self, key)}, but a probability is 0..1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"train.{self.method}.ema is {self.ema}, but a decay is 0 <= ema < 1")
+        for prompt in self.validation_prompts:
+            if "{word}" not in prompt:
+                raise ValueError(f"train.{self.method}.validation_prompts: {prompt!r} lacks the placeholder {{word}}")
+
+    def part_size(self, processes: int) -> int:
+        """Images in one backward pass of one process; raises ValueError unless the batch divides evenly."""
+        parts = processes * self.accumulation
+        if self.batch_size % parts:
+            raise ValueError(
+                f"train.{self.method}.batch_size {self.batch_size} does not divide by {processes} processes "
+                f"x {self.accumulation} accumulated parts"
+            )
+        return self.batch_size // parts
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, 0 <= step < steps."""
+        if step < self.lr_warmup:
+            return self.lr * (step + 1) / self.lr_warmup
+        if self.lr_decay == "none":
+            return self.lr
+        progress = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,290 @@
+"""Training records as batches, with all chance keyed by (seed, global sample index).
+
+The global sample index counts samples over the whole run: step × batch size + place in the batch. What a
+sample shows, its noise, timestep, drop and augmentation follow from the index alone, so a resumed run and a
+run on several processes see exactly what one unbroken process sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from moa.data import records
+from moa.data.crops import CropConfig, subject_image, subject_masks
+from moa.data.errors import DataError
+from moa.training.config import TrainConfig
+
+TokenFinder = Callable[[str, Sequence[tuple[int, int]]], Sequence[int]]  # prompt, spans -> token indices
+
+
+def keyed_seed(*parts: int | str) -> int:
+    """A seed in 0..2**63-1 from SHA-256 over the parts: unlike sums, no two keys share one by design."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def keyed_generator(*parts: int | str) -> np.random.Generator:
+    """A generator that starts from `keyed_seed`."""
+    return np.random.default_rng(keyed_seed(*parts))
+
+
+def keyed_noise(shape: Sequence[int], *parts: int | str) -> torch.Tensor:
+    """Standard normal noise on the CPU from `keyed_seed`."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(keyed_seed(*parts)))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the models want: sides in pixels, except where said otherwise."""
+
+    image: int  # what the autoencoder sees
+    latent: int  # side of a latent, latent pixels
+    channels: int  # of a latent
+    crop: int  # what the image encoder sees
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record, decoded."""
+
+    id: str
+    image: NDArray[np.uint8]  # [H, W, 3]
+    ids: NDArray[np.int32]  # [H, W], 0 = background
+    caption: str
+    segments: tuple[int, ...]  # ids of the subjects, largest first
+    tokens: tuple[int, ...]  # place of each subject's word in the tokenized caption
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of one step; subjects are padded to the largest number S in the batch."""
+
+    index: torch.Tensor  # [B] record numbers
+    captions: list[str]  # "" where the condition is dropped
+    dropped: torch.Tensor  # [B] bool
+    tokens: torch.Tensor  # [B, S] int64 places of the subjects' words; 0 where there is none
+    exists: torch.Tensor  # [B, S] bool: the picture has a subject s
+    present: torch.Tensor  # [B, S] bool: and the model is shown its image
+    masks: torch.Tensor  # [B, S, h, w] in 0..1, the subjects' shares of latent pixels
+    crops: torch.Tensor  # [N, 3, side, side], 0..1, images of the present subjects
+    slots: torch.Tensor  # [N, 2] int64: the sample and subject that each crop belongs to
+    pixels: torch.Tensor | None  # [B, 3, H, W] in -1..1; None when latents are cached
+    noise: torch.Tensor  # [B, C, h, w]
+    posterior_noise: torch.Tensor  # [B, C, h, w], of the autoencoder's draw
+    timesteps: torch.Tensor  # [B] int64
+    masked: bool = True  # whether this step's loss looks at the subjects alone
+    object_share: float = 1.0  # this part's samples with subjects, over those of a mean part of the step
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """The middle square of [H, W, 3], resized to `size` pixels."""
+    side = min(image.shape[:2])
+    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    middle = Image.fromarray(image[top : top + side, left : left + side])
+    return np.asarray(middle if side == size else middle.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def square_ids(ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The middle square of an id map [H, W]."""
+    side = min(ids.shape)
+    top, left = (ids.shape[0] - side) // 2, (ids.shape[1] - side) // 2
+    return ids[top : top + side, left : left + side]
+
+
+class Records(Dataset[dict[str, Any]]):
+    """Records by global sample index. Images stay encoded in memory unless `config.cache` decodes them once."""
+
+    def __init__(
+        self, paths: Sequence[str | Path], config: TrainConfig, sizes: Sizes, find_tokens: TokenFinder
+    ) -> None:
+        """Read the shards; every caption must have its subject words, and every subject its mask.
+
+        Raises:
+            DataError: naming file or record, for a missing or broken shard, no records at all, a record
+                without subjects, a word that is not in its caption, or a subject without a mask.
+        """
+        self.config, self.sizes, self.find_tokens = config, sizes, find_tokens
+        self.rows = records.read_rows([Path(p) for p in paths], records.RECORD)
+        if not self.rows:
+            raise DataError(f"no training records in {', '.join(map(str, paths))}; check data.* in the config")
+        self.crop = CropConfig(
+            size=sizes.crop, subject_background=config.subject_background, flip=config.flip,
+            rotate=config.rotate, zoom=config.zoom, brightness=config.brightness,
+        )  # fmt: skip
+        self.examples = [self._decode(row) for row in self.rows] if config.cache else None
+        if self.examples is not None:
+            self.rows = []
+
+    def __len__(self) -> int:
+        return len(self.examples if self.examples is not None else self.rows)
+
+    def example(self, number: int) -> Example:
+        """Record by number, 0 <= number < len."""
+        return self.examples[number] if self.examples is not None else self._decode(self.rows[number])
+
+    def _decode(self, row: records.Row) -> Example:
+        ids = records.decode_mask(row["mask"])
+        image = np.asarray(records.decode_image(row["image"]))
+        if image.shape[:2] != ids.shape:
+            raise DataError(f"record {row['id']}: mask is {ids.shape}, image {image.shape[:2]}; make it again")
+        seen, areas = np.unique(square_ids(ids), return_counts=True)
+        area = dict(zip(seen.tolist(), areas.tolist(), strict=True))
+        chosen = sorted(row["segments"], key=lambda s: -area.get(s["segment_id"], 0))[: self.config.max_subjects]
+        if not chosen:
+            raise DataError(f"record {row['id']} ({row['caption']!r}) has no subject; leave it out of the records")
+        for segment in chosen:
+            if segment["segment_id"] not in area:
+                raise DataError(
+                    f"record {row['id']}: subject {segment['word']!r} has no pixel in the mask; make it again"
+                )
+        try:
+            tokens = self.find_tokens(row["caption"], [(s["start"], s["end"]) for s in chosen])
+        except ValueError as error:
+            raise DataError(f"record {row['id']}: {error}") from error
+        return Example(
+            id=row["id"], image=image, ids=ids, caption=row["caption"],
+            segments=tuple(s["segment_id"] for s in chosen), tokens=tuple(int(t) for t in tokens),
+        )  # fmt: skip
+
+    def number(self, index: int) -> int:
+        """The record shown at a global sample index: a new shuffle each time all records were shown."""
+        epoch, place = divmod(index, len(self))
+        return int(_order(self.config.seed, epoch, len(self))[place])
+
+    def drops(self, index: int, subjects: int) -> tuple[bool, NDArray[np.bool_]]:
+        """Whether the sample loses its condition, and which of its subjects keep their images, [S]."""
+        draw = keyed_generator(self.config.seed, index, "drop").random(1 + self.config.max_subjects)
+        dropped = bool(draw[0] < self.config.p_drop)
+        return dropped, (draw[1 : 1 + subjects] < self.config.keep_object) & (not dropped)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The sample at a global index, before batching."""
+        seed, sizes, number = self.config.seed, self.sizes, self.number(index)
+        example = self.example(number)
+        dropped, kept = self.drops(index, len(example.segments))
+        augmentation = keyed_generator(seed, index, "augmentation")
+        crops = [
+            subject_image(example.image, example.ids == segment, self.crop, augmentation)
+            for segment, keep in zip(example.segments, kept, strict=True)
+            if keep
+        ]
+        shape = (sizes.channels, sizes.latent, sizes.latent)
+        return {
+            "index": number,
+            "caption": "" if dropped else example.caption,
+            "dropped": dropped,
+            "tokens": example.tokens,
+            "kept": kept,
+            "masks": self._masks(number, example),
+            "crops": [_unit(np.asarray(crop)) for crop in crops],
+            "pixels": None if self.config.cache else self.pixels(number),
+            "noise": keyed_noise(shape, seed, index, "noise"),
+            "posterior_noise": keyed_noise(shape, seed, index, "posterior"),
+            "timestep": int(keyed_generator(seed, index, "timestep").integers(self.config.max_timestep)),
+        }
+
+    def _masks(self, number: int, example: Example) -> torch.Tensor:
+        size = (self.sizes.latent, self.sizes.latent)
+        return torch.from_numpy(subject_masks(square_ids(example.ids), example.segments, size))
+
+    def pixels(self, number: int) -> torch.Tensor:
+        """What the autoencoder sees of a record: [3, H, W] in -1..1."""
+        return _unit(square(self.example(number).image, self.sizes.image)) * 2 - 1
+
+    def parts(self, config: TrainConfig, first: int, processes: int, process: int) -> Iterator[list[int]]:
+        """Global sample indices of each backward pass of one process, from step `first` on."""
+        size = config.part_size(processes)
+        for step in range(first, config.steps):
+            start = step * config.batch_size + process * config.accumulation * size
+            for part in range(config.accumulation):
+                yield list(range(start + part * size, start + (part + 1) * size))
+
+    def shown(self, step: int) -> list[int]:
+        """How many subjects with images each sample of a step has; the same on every process."""
+        indices = range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
+        counts = (self._subjects(self.number(i)) for i in indices)
+        return [int(self.drops(i, n)[1].sum()) for i, n in zip(indices, counts, strict=True)]
+
+    def _subjects(self, number: int) -> int:
+        if self.examples is not None:
+            return len(self.examples[number].segments)
+        return min(len(self.rows[number]["segments"]), self.config.max_subjects)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
+    return keyed_generator(seed, epoch, "order").permutation(count)
+
+
+def _unit(image: NDArray[np.uint8]) -> torch.Tensor:
+    """[H, W, 3] in 0..255 as [3, H, W] in 0..1."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float() / 255
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> Batch:
+    """Samples as one batch; see `Batch`."""
+    subjects = max(len(s["tokens"]) for s in samples)
+    tokens = torch.zeros(len(samples), subjects, dtype=torch.int64)
+    exists, present = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens, dtype=torch.bool)
+    masks = torch.zeros(len(samples), subjects, *samples[0]["masks"].shape[1:])
+    for b, sample in enumerate(samples):
+        count = len(sample["tokens"])
+        tokens[b, :count] = torch.tensor(sample["tokens"])
+        exists[b, :count] = True
+        present[b, :count] = torch.from_numpy(sample["kept"])
+        masks[b, :count] = sample["masks"]
+    crops = [crop for sample in samples for crop in sample["crops"]]
+    return Batch(
+        index=torch.tensor([s["index"] for s in samples]),
+        captions=[s["caption"] for s in samples],
+        dropped=torch.tensor([s["dropped"] for s in samples]),
+        tokens=tokens,
+        exists=exists,
+        present=present,
+        masks=masks,
+        crops=torch.stack(crops) if crops else torch.zeros(0, 3, 1, 1),
+        slots=present.nonzero(),
+        pixels=None if samples[0]["pixels"] is None else torch.stack([s["pixels"] for s in samples]),
+        noise=torch.stack([s["noise"] for s in samples]),
+        posterior_noise=torch.stack([s["posterior_noise"] for s in samples]),
+        timesteps=torch.tensor([s["timestep"] for s in samples]),
+    )
+
+
+def batches(data: Records, first: int, processes: int, process: int) -> Iterator[Batch]:
+    """One process's parts of all steps from `first` on, `config.accumulation` of them a step."""
+    config = data.config
+    loader = DataLoader(
+        data,
+        batch_sampler=list(data.parts(config, first, processes, process)),
+        collate_fn=collate,
+        num_workers=config.workers,
+        generator=torch.Generator(),  # its own: the loader draws a seed that nothing here uses
+    )
+    parts = processes * config.accumulation
+    for count, batch in enumerate(loader):
+        step = first + count // config.accumulation
+        shown = sum(n > 0 for n in data.shown(step))
+        here = int(batch.present.any(1).sum())
+        masked = keyed_generator(config.seed, step, "masked").random() < config.masked_probability
+        yield replace(batch, masked=bool(masked), object_share=here * parts / shown if shown else 0.0)
