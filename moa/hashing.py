@@ -1,8 +1,8 @@
 """Content hashes: of the modules that a stage uses, and of JSON-able settings.
 
-Snakemake does not see that a Python module changed. The workflow therefore puts `code_hash` of a stage's module into
-the rule's `params`: editing a file reruns exactly the stages that import it, directly or not. Imports are read from
-the source, so nothing heavy is loaded to compute a hash.
+Snakemake does not see that a Python module changed. The workflow therefore puts `code_hash` of a stage's
+module into the rule's `params`: editing a file reruns exactly the stages that import it, directly or not.
+Imports are read from the source, so nothing heavy is loaded to compute a hash.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def _submodules(package: str, root: Path) -> list[str]:
 
 
 def used_modules(*modules: str, root: Path = ROOT) -> dict[str, Path]:
-    """Modules that `modules` use, themselves included, sorted by name. `moa.baselines.*` names a whole package.
+    """Modules that `modules` use, themselves included, sorted by name.
 
-    A package's `__init__` counts only where something is imported from it by name, not for being a parent.
+    `moa.baselines.*` names a whole package. A package's `__init__` counts only where something is imported from it by name, not for being a parent.
     """
     todo = [m for name in modules for m in (_submodules(name[:-2], root) if name.endswith(".*") else [name])]
     found: dict[str, Path] = {}
@@ -71,7 +71,7 @@ def used_modules(*modules: str, root: Path = ROOT) -> dict[str, Path]:
             continue
         file = _file(module, root)
         if file is None:
-            raise ModuleNotFoundError(f"{module}: no such module below {root}; name the module that the rule runs")
+            raise ModuleNotFoundError(f"{module}: no such module below {root}: name what the rule runs")
         found[module] = file
         todo.extend(_imports(module, file, root))
     return dict(sorted(found.items()))

@@ -1,8 +1,9 @@
 """Who is alive in a working folder: what lets the same command go on after a SIGKILL.
 
-Snakemake leaves its own lock files behind when it is killed, and then refuses to start. Here every run, and every
-stage that a run starts, holds a shared `flock` on one file; the kernel drops it when the process ends, however it
-ends. A run that can get the exclusive lock therefore knows that whatever lock files lie there are leftovers.
+Snakemake leaves its own lock files behind when it is killed, and then refuses to start. Here every run, and
+every stage that a run starts, holds a shared `flock` on one file; the kernel drops it when the process ends,
+however it ends. A run that can get the exclusive lock therefore knows that whatever lock files lie there are
+leftovers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _held: list[IO[str]] = []  # open until the process ends
 
 
 def hold(path: Path) -> None:
-    """Hold the shared lock on `path` until this process ends. Waits only for another run's clean-up, which is short."""
+    """Hold the shared lock on `path` until this process ends; waits only for another run's clean-up."""
     file = path.open("a")
     fcntl.flock(file, fcntl.LOCK_SH)
     _held.append(file)
@@ -44,7 +45,7 @@ def holders(path: Path) -> list[int]:
 def start_run(state: Path = Path(".snakemake")) -> None:
     """Clear the lock files of a dead run, if nothing of it lives, and hold the lock for this one.
 
-    Also puts this interpreter's folder first on PATH, so that rules find the same `python` without activation.
+    Also puts this interpreter's folder first on PATH, so that rules find the same `python`.
     """
     state.mkdir(exist_ok=True)
     path, locks = (state / "moa-run.lock").resolve(), state / "locks"
@@ -64,6 +65,6 @@ def _warn_of(processes: list[int]) -> None:
     """Say which processes keep the folder busy, before Snakemake says that it is locked."""
     names = ", ".join(map(str, processes)) or "unknown"
     sys.stderr.write(
-        f"Another run, or a job that outlived one, is at work in this folder (process {names}). If Snakemake now says "
-        "that the folder is locked: wait until they end, or end them, then give the same command again.\n"
+        f"Another run, or a job that outlived one, is at work in this folder (process {names}). If Snakemake "
+        "says that the folder is locked: wait until they end, or end them, then give the same command again.\n"
     )

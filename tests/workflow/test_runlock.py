@@ -10,10 +10,10 @@ import pytest
 
 from moa.hashing import ROOT
 
-SLEEPER = "import sys, time; from pathlib import Path; from moa import runlock; {start}; print('up', flush=True); time.sleep(60)"
+SLEEPER = "import time; from moa import runlock; {start}; print('up', flush=True); time.sleep(60)"
 
 
-def start(code: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
+def start(code: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER.format(start=code)],
@@ -28,7 +28,7 @@ def start(code: str, cwd: Path, **variables: str) -> "subprocess.Popen[str]":
     return process
 
 
-def kill(process: "subprocess.Popen[str]") -> str:
+def kill(process: subprocess.Popen[str]) -> str:
     process.send_signal(signal.SIGKILL)
     return process.communicate()[1]
 
