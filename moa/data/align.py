@@ -1,0 +1,340 @@
+"""Match the people a caption names with the people a segmenter found: the training records.
+
+Entry point, called by `python -m moa align`:
+
+    run(config, split, raw, captions, segments, records, rejected)      one shard of each
+
+Every photo ends either as a record or as a rejected row with one of `REASONS`; none is lost.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+
+from moa.data import phrases
+from moa.data.annotators import load
+from moa.data.errors import BrokenImage, DataError
+from moa.data.phrases import Phrase
+from moa.data.records import (
+    CAPTION,
+    RAW,
+    RECORD,
+    REJECTED,
+    SEGMENT,
+    Row,
+    decode_image,
+    decode_mask,
+    encode_mask,
+    read_rows,
+    write_rows,
+)
+from moa.methods import ModelSource
+
+REASONS = {
+    "broken_image": "the photo cannot be decoded",
+    "empty_caption": "the captioner said nothing",
+    "no_person_word": "the caption names nobody",
+    "plural": "the caption names people without saying how many",
+    "no_segment": "the segmenter found nobody",
+    "too_small": "nobody found is large enough",
+    "too_many": "more people than a record may hold",
+    "count_mismatch": "caption and segments disagree on how many there are",
+    "truncated": "the caption is too long for the text encoder",
+}
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Which photos become records, and how words find their people."""
+
+    tokenizer: ModelSource  # of the text encoder that will read the captions
+    tokenizer_subfolder: str = "tokenizer"  # "" if the tokenizer lies at the top of its folder
+    matcher: Literal["label", "clip"] = "label"  # label: left to right; clip: CLIP score x label similarity
+    clip: ModelSource | None = None  # CLIPModel with its processor, for `matcher: clip`
+    clip_text: Literal["phrase", "clause"] = "clause"  # judged against a segment: "a man", or all said of him
+    plurals: Literal["expand", "reject"] = "expand"  # "two men" becomes "a man and a man", or is rejected
+    min_area: float = 0.02  # least share of the photo that a person must cover; smaller ones are not counted
+    max_subjects: int = 4  # [FastComposer]
+    max_rejected: float = 0.9  # largest share of rejected photos in a shard; beyond it, the source is rotten
+
+    def __post_init__(self) -> None:
+        if self.matcher == "clip" and self.clip is None:
+            raise ValueError("matcher 'clip' needs the key `clip`: name a CLIP model, or use matcher 'label'")
+        if self.max_subjects < 1:
+            raise ValueError(f"max_subjects must be at least 1, not {self.max_subjects}")
+        for name in ("min_area", "max_rejected"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
+
+
+class Rejected(Exception):
+    """Why a photo becomes no record: one of `REASONS`, and the particulars."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+# --- Matching ---------------------------------------------------------------------------------------------
+
+
+def greedy_matches(scores: NDArray[Any]) -> list[int]:
+    """For each phrase its segment, one to one, the best remaining pair first; equal scores go by order.
+
+    `scores` is [P, S] with P <= S; DataError otherwise.
+    """
+    if scores.shape[0] > scores.shape[1]:
+        raise DataError(f"{scores.shape[0]} phrases cannot have {scores.shape[1]} segments one to one")
+    chosen = dict[int, int]()
+    for place in np.argsort(-scores, axis=None, kind="stable"):
+        phrase, segment = divmod(int(place), scores.shape[1])
+        if phrase not in chosen and segment not in chosen.values():
+            chosen[phrase] = segment
+    return [chosen[phrase] for phrase in range(scores.shape[0])]
+
+
+def order_equals(matches: Sequence[int], texts: Sequence[str]) -> list[int]:
+    """Give people with the same text their segments from left to right: no score can tell them apart."""
+    ordered = list(matches)
+    for text in set(texts):
+        places = [i for i, other in enumerate(texts) if other == text]
+        for place, segment in zip(places, sorted(matches[i] for i in places), strict=True):
+            ordered[place] = segment
+    return ordered
+
+
+def label_similarity(word: str, label: str) -> float:
+    """1 if a word of the person lexicon meets the label "person", or word and label are equal; else 0."""
+    return float(word.lower() == label.lower() or (label == "person" and word.lower() in phrases.SINGULAR))
+
+
+Scorer = Callable[[Image.Image, Sequence[str], Sequence[Row]], NDArray[Any]]
+
+
+def no_scores(photo: Image.Image, texts: Sequence[str], segments: Sequence[Row]) -> NDArray[Any]:
+    """Equal scores [P, S]: label and order decide."""
+    return np.ones((len(texts), len(segments)))
+
+
+class ClipScorer:
+    """CLIP's cosine, moved to 0..1, between what is said of a person and the photo cropped to a segment."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.model = load(CLIPModel, source, "clip_judge").eval()
+        self.processor = load(CLIPProcessor, source, "clip_judge")
+
+    @torch.inference_mode()
+    def __call__(self, photo: Image.Image, texts: Sequence[str], segments: Sequence[Row]) -> NDArray[Any]:
+        crops = [photo.crop(segment["bbox"]) for segment in segments]
+        inputs = self.processor(
+            text=list(texts), images=crops, return_tensors="pt", padding=True, truncation=True
+        )
+        outputs = self.model(**inputs)
+        text = torch.nn.functional.normalize(outputs.text_embeds, dim=-1)
+        image = torch.nn.functional.normalize(outputs.image_embeds, dim=-1)
+        return ((1 + text @ image.T) / 2).double().numpy()
+
+
+def match(
+    photo: Image.Image,
+    caption: str,
+    people: list[Phrase],
+    segments: Sequence[Row],
+    scorer: Scorer,
+    whole: bool,
+) -> list[Row]:
+    """The segment of each phrase, in the caption's order; `segments` are given from left to right.
+
+    `whole`: judge a person by all that is said of them, not by the phrase alone.
+    """
+    texts = [
+        phrases.clause(caption, people, i) if whole else caption[phrase.start : phrase.end]
+        for i, phrase in enumerate(people)
+    ]
+    similar = np.array([[label_similarity(p.word, s["label"]) for s in segments] for p in people])
+    scores = scorer(photo, texts, segments) * similar
+    return [segments[index] for index in order_equals(greedy_matches(scores), texts)]
+
+
+# --- Checks -----------------------------------------------------------------------------------------------
+
+
+def named_people(caption: str, plurals: str) -> tuple[str, list[Phrase]]:
+    """The caption as it will be trained on, and the people it names. Raises Rejected."""
+    text = phrases.expand_plurals(caption) if plurals == "expand" else caption
+    plural = phrases.find_plural(text)
+    if plural:
+        raise Rejected("plural", f"{plural!r} in {caption!r}")
+    people = phrases.person_phrases(text)
+    if not people:
+        raise Rejected("no_person_word", repr(caption))
+    return text, people
+
+
+def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None:
+    """Raise Rejected if the text encoder would not see every person's word to its end.
+
+    Raises DataError if the tokenizer cannot say which characters a token covers.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, to find words in tokens")
+    encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
+    if len(encoded["input_ids"]) > tokenizer.model_max_length:
+        count = len(encoded["input_ids"])
+        raise Rejected("truncated", f"{count} tokens, of {tokenizer.model_max_length} at most: {caption!r}")
+    ends = {end for start, end in encoded["offset_mapping"] if start < end}
+    lost = [phrase.word for phrase in people if phrase.end not in ends]
+    if lost:
+        raise Rejected("truncated", f"no token ends with {lost} in {caption!r}")
+
+
+def large_enough(segments: Sequence[Row], pixels: int, config: AlignConfig) -> list[Row]:
+    """The segments that count, from left to right. Raises Rejected if there are none or too many."""
+    if not segments:
+        raise Rejected("no_segment", "nobody found")
+    large = [segment for segment in segments if segment["area"] >= config.min_area * pixels]
+    if not large:
+        areas = [segment["area"] for segment in segments]
+        raise Rejected("too_small", f"areas {areas} of {pixels} pixels")
+    if len(large) > config.max_subjects:
+        raise Rejected("too_many", f"{len(large)} people, {config.max_subjects} at most")
+    return sorted(large, key=lambda segment: (segment["bbox"][0] + segment["bbox"][2], segment["segment_id"]))
+
+
+# --- Records ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Aligner:
+    """What alignment needs for every photo."""
+
+    config: AlignConfig
+    tokenizer: Any
+    scorer: Scorer
+
+    @classmethod
+    def load(cls, config: AlignConfig) -> Aligner:
+        """Load tokenizer and, if asked for, CLIP. Raises DataError."""
+        tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
+        return cls(
+            config,
+            tokenizer,
+            ClipScorer(config.clip) if config.matcher == "clip" and config.clip else no_scores,
+        )
+
+    def __call__(self, split: str, raw: Row, caption: Row, found: Row) -> Row:
+        """The record of one photo. Raises Rejected."""
+        for row in (caption, found):
+            if row["problem"]:
+                reason, _, detail = row["problem"].partition(": ")
+                raise Rejected(reason, detail)
+        text, people = named_people(caption["caption"], self.config.plurals)
+        check_tokens(self.tokenizer, text, people)
+        ids = decode_mask(found["mask"])
+        segments = large_enough(found["segments"], ids.size, self.config)
+        if len(people) != len(segments):
+            raise Rejected("count_mismatch", f"{len(people)} named, {len(segments)} found: {text!r}")
+        try:
+            photo = decode_image(raw["image"])
+        except BrokenImage as error:
+            raise Rejected("broken_image", str(error)) from error
+        matched = match(photo, text, people, segments, self.scorer, self.config.clip_text == "clause")
+        return self._record(split, raw, caption, found, text, people, matched, ids)
+
+    @staticmethod
+    def _record(
+        split: str,
+        raw: Row,
+        caption: Row,
+        found: Row,
+        text: str,
+        people: Sequence[Phrase],
+        matched: Sequence[Row],
+        ids: NDArray[Any],
+    ) -> Row:
+        kept = np.where(np.isin(ids, [segment["segment_id"] for segment in matched]), ids, 0)
+        subjects = [
+            {
+                "segment_id": segment["segment_id"],
+                "word": phrase.word,
+                "start": phrase.start,
+                "end": phrase.end,
+                "bbox": segment["bbox"],
+                "label": segment["label"],
+                "score": segment["score"],
+            }
+            for phrase, segment in zip(people, matched, strict=True)
+        ]
+        return {
+            "id": raw["id"],
+            "image": raw["image"],
+            "width": ids.shape[1],
+            "height": ids.shape[0],
+            "caption": text,
+            "segments": subjects,
+            "mask": encode_mask(kept),
+            "split": split,
+            "source": raw["source"],
+            "sha256": raw["sha256"],
+            "caption_model": caption["model"],
+            "caption_revision": caption["revision"],
+            "segment_model": found["model"],
+            "segment_revision": found["revision"],
+        }
+
+
+def by_id(rows: Sequence[Row], wanted: Sequence[str], path: str | Path) -> Mapping[str, Row]:
+    """Rows by id. Raises DataError unless they are exactly the photos of the raw shard."""
+    listed = {row["id"]: row for row in rows}
+    if set(listed) != set(wanted) or len(listed) != len(rows):
+        raise DataError(
+            f"{path} is not about the photos of its raw shard; delete it and run the workflow again"
+        )
+    return listed
+
+
+def run(
+    config: AlignConfig,
+    split: str,
+    raw: str | Path,
+    captions: str | Path,
+    segments: str | Path,
+    records: str | Path,
+    rejected: str | Path,
+) -> None:
+    """Turn a shard of annotated photos into records and rejected rows.
+
+    Raises DataError for bad inputs, and if more than `max_rejected` of the shard was rejected; the rejected
+    rows are written even then, so that one can look.
+    """
+    photos = read_rows(raw, RAW)
+    names = [row["id"] for row in photos]
+    captioned = by_id(read_rows(captions, CAPTION), names, captions)
+    segmented = by_id(read_rows(segments, SEGMENT), names, segments)
+    aligner = Aligner.load(config)
+    kept: list[Row] = []
+    refused: list[Row] = []
+    for row in tqdm(photos, desc=f"align {Path(raw).stem}", unit="image"):
+        try:
+            kept.append(aligner(split, row, captioned[row["id"]], segmented[row["id"]]))
+        except Rejected as why:
+            refused.append({"id": row["id"], "reason": why.reason, "detail": why.detail})
+    write_rows(rejected, refused, REJECTED)
+    if len(refused) > config.max_rejected * len(photos):
+        counts = dict(Counter(row["reason"] for row in refused).most_common())
+        raise DataError(
+            f"{raw}: {len(refused)} of {len(photos)} photos were rejected {counts}, more than max_rejected "
+            f"{config.max_rejected}; look at photos and annotators, or raise data.align.max_rejected"
+        )
+    write_rows(records, kept, RECORD)

@@ -1,0 +1,95 @@
+"""Caption photos with BLIP-2.
+
+Entry point, called by `python -m moa caption`:
+
+    run(config, raw, output)      one raw shard → one caption shard, a row for every photo
+
+A photo that cannot be read, or about which the model says nothing, keeps its row with `problem` set;
+alignment rejects and counts it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+from moa.data.annotators import DTYPES, Precision, batches, check_positive, load, revision
+from moa.data.records import CAPTION, RAW, read_rows, write_rows
+from moa.methods import ModelSource
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """How captions are decoded; greedy or by beams, never sampled, so a photo always gets the same one."""
+
+    model: ModelSource  # a Blip2ForConditionalGeneration with its processor
+    batch_size: int = 64  # photos a pass
+    max_new_tokens: int = 40  # longest caption, tokens of the captioner
+    num_beams: int = 1  # 1 = greedy
+    precision: Precision = "no"  # "no" = 32-bit floats
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "max_new_tokens", "num_beams")
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Arguments of `generate`; recorded in every row."""
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": False}
+
+
+class Captioner:
+    """A loaded captioner: images in, captions out. Raises DataError if the model cannot be loaded."""
+
+    def __init__(self, config: CaptionConfig) -> None:
+        self.config = config
+        self.processor = load(AutoProcessor, config.model, "captioner")
+        model = load(Blip2ForConditionalGeneration, config.model, "captioner", dtype=DTYPES[config.precision])
+        self.model = model.to(config.device).eval()
+        self.revision = revision(config.model, model)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """One caption an RGB image, spaces mended; empty where the model says nothing."""
+        inputs = self.processor(images=list(images), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.config.device, DTYPES[self.config.precision])
+        tokens = self.model.generate(pixel_values=pixels, **self.config.decoding)
+        tokens = tokens[:, self._prefix(tokens) :]
+        texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def _prefix(self, tokens: torch.Tensor) -> int:
+        """How many leading tokens stand for the image: decoder-only models give them back."""
+        image = getattr(self.model.config, "image_token_index", None)
+        return int((tokens[0] == image).sum()) if image is not None and len(tokens) else 0
+
+
+def run(config: CaptionConfig, raw: str | Path, output: str | Path) -> None:
+    """Caption every photo of a raw shard. Raises DataError for a bad shard or model."""
+    rows = read_rows(raw, RAW)
+    captioner = Captioner(config)
+    problems: dict[str, str] = {}
+    captions: dict[str, str] = {}
+    for batch, images in batches(rows, config.batch_size, problems, f"caption {Path(raw).stem}"):
+        captions |= zip((row["id"] for row in batch), captioner(images), strict=True)
+    problems |= {name: "empty_caption: the model said nothing" for name, text in captions.items() if not text}
+    settings = json.dumps(config.decoding | {"precision": config.precision}, sort_keys=True)
+    annotated = [
+        {
+            "id": row["id"],
+            "caption": captions.get(row["id"]) or None,
+            "problem": problems.get(row["id"]),
+            "model": config.model.id,
+            "revision": captioner.revision,
+            "settings": settings,
+        }
+        for row in rows
+    ]
+    write_rows(output, annotated, CAPTION)

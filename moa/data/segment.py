@@ -1,0 +1,173 @@
+"""Find people in photos with a panoptic segmenter (Mask2Former, MaskFormer).
+
+Entry point, called by `python -m moa segment`:
+
+    run(config, raw, output)      one raw shard → one segment shard, a row for every photo
+
+`Segmenter` is also the detector of miniature evaluations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
+
+from moa.data.annotators import DTYPES, Precision, batches, check_positive, load, revision
+from moa.data.errors import DataError
+from moa.data.records import RAW, SEGMENT, IdMap, Row, bounding_box, encode_mask, read_rows, write_rows
+from moa.methods import ModelSource
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """What counts as a person (thresholds: Mask2Former's panoptic inference)."""
+
+    model: ModelSource  # any model of AutoModelForUniversalSegmentation with its image processor
+    batch_size: int = 64  # photos a pass
+    label: str = "person"  # the only label that is kept, as in the model's id2label
+    threshold: float = 0.8  # least class probability of a segment [Mask2Former]
+    mask_threshold: float = 0.5  # least probability of a pixel [Mask2Former]
+    overlap: float = 0.8  # least share of a segment's pixels that no other segment claims [Mask2Former]
+    precision: Precision = "no"  # "no" = 32-bit floats
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size")
+        for name in ("threshold", "mask_threshold", "overlap"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in 0..1, below 1, not {getattr(self, name)}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What besides the model decides the masks; recorded in every row."""
+        names = ("label", "threshold", "mask_threshold", "overlap", "precision")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The people of one photo, numbered 1, 2, … from left to right."""
+
+    mask: IdMap  # [H, W], 0 = nobody
+    segments: list[Row] = field(default_factory=list)  # segment_id, label, score, bbox, area
+
+
+def panoptic(
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size: tuple[int, int],
+    threshold: float,
+    mask_threshold: float,
+    overlap: float,
+) -> list[tuple[int, float, torch.Tensor]]:
+    """Segments (label, score, pixels [H, W] bool), disjoint, from one image's queries (Mask2Former, sec. 3).
+
+    `class_logits` is [Q, labels + 1], the last column "nothing"; `mask_logits` [Q, h, w]. Only logits are
+    interpolated, straight to `size` = (H, W). Unlike transformers' post-processing, which goes through
+    384 × 384 and hands a segment every pixel that no other one wants, pixels must pass `mask_threshold`.
+    """
+    scores, labels = class_logits.float().softmax(-1).max(-1)
+    keep = (labels != class_logits.shape[-1] - 1) & (scores > threshold)
+    if not keep.any():
+        return []
+    scores, labels = scores[keep], labels[keep]
+    logits = interpolate(mask_logits[keep][None].float(), size=size, mode="bilinear", align_corners=False)
+    probabilities = logits[0].sigmoid()
+    owner = (scores[:, None, None] * probabilities).argmax(0)
+    found = []
+    for query, (score, label) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True)):
+        claimed = probabilities[query] >= mask_threshold
+        pixels = claimed & (owner == query)
+        if pixels.any() and pixels.sum() >= overlap * claimed.sum():
+            found.append((int(label), float(score), pixels))
+    return found
+
+
+class Segmenter:
+    """A loaded segmenter: images in, people out. DataError if it cannot be loaded or lacks the label."""
+
+    def __init__(self, config: SegmentConfig) -> None:
+        self.config = config
+        self.processor = load(AutoImageProcessor, config.model, "segmenter")
+        model = load(
+            AutoModelForUniversalSegmentation, config.model, "segmenter", dtype=DTYPES[config.precision]
+        )
+        self.model = model.to(config.device).eval()
+        self.revision = revision(config.model, model)
+        names = {int(index): name for index, name in model.config.id2label.items()}
+        if config.label not in names.values():
+            known = ", ".join(list(names.values())[:10])
+            raise DataError(f"label {config.label!r} is unknown to {config.model.id}; it knows {known}, …")
+        self.person = {index for index, name in names.items() if name == config.label}
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> list[Segmentation]:
+        """The people of RGB images of one size. Raises DataError for images of several sizes."""
+        if len({image.size for image in images}) > 1:
+            raise DataError("images of one call must have the same size; call once for each size")
+        inputs = self.processor(images=list(images), return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.config.device, DTYPES[self.config.precision])
+        outputs = self.model(pixel_values=pixels)
+        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+        return [
+            self._people(classes, masks, (image.height, image.width))
+            for (classes, masks), image in zip(logits, images, strict=True)
+        ]
+
+    def _people(self, classes: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> Segmentation:
+        config = self.config
+        found = panoptic(classes, masks, size, config.threshold, config.mask_threshold, config.overlap)
+        people = [(score, pixels.cpu().numpy()) for label, score, pixels in found if label in self.person]
+        people.sort(key=lambda person: (_middle(person[1]), -person[0]))
+        ids = np.zeros(size, np.int32)
+        segments = []
+        for number, (score, pixels) in enumerate(people, start=1):
+            ids[pixels] = number
+            segments.append(
+                {
+                    "segment_id": number,
+                    "label": config.label,
+                    "score": score,
+                    "bbox": bounding_box(pixels),
+                    "area": int(pixels.sum()),
+                }
+            )
+        return Segmentation(ids, segments)
+
+
+def _middle(pixels: np.ndarray) -> float:
+    """Mean column of the true pixels."""
+    return float(np.nonzero(pixels)[1].mean())
+
+
+def run(config: SegmentConfig, raw: str | Path, output: str | Path) -> None:
+    """Find the people of every photo of a raw shard. Raises DataError for a bad shard or model."""
+    rows = read_rows(raw, RAW)
+    segmenter = Segmenter(config)
+    problems: dict[str, str] = {}
+    found: dict[str, Segmentation] = {}
+    for batch, images in batches(rows, config.batch_size, problems, f"segment {Path(raw).stem}"):
+        found |= zip((row["id"] for row in batch), segmenter(images), strict=True)
+    settings = json.dumps(config.settings, sort_keys=True)
+    annotated = [
+        {
+            "id": row["id"],
+            "mask": encode_mask(found[row["id"]].mask) if row["id"] in found else None,
+            "segments": found[row["id"]].segments if row["id"] in found else [],
+            "problem": problems.get(row["id"]),
+            "model": config.model.id,
+            "revision": segmenter.revision,
+            "settings": settings,
+        }
+        for row in rows
+    ]
+    write_rows(output, annotated, SEGMENT)
