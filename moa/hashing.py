@@ -61,7 +61,8 @@ def _submodules(package: str, root: Path) -> list[str]:
 def used_modules(*modules: str, root: Path = ROOT) -> dict[str, Path]:
     """Modules that `modules` use, themselves included, sorted by name.
 
-    `moa.baselines.*` names a whole package. A package's `__init__` counts only where something is imported from it by name, not for being a parent.
+    `moa.baselines.*` names a whole package. A package's `__init__` counts only where something is
+    imported from it by name, not for being a parent.
     """
     todo = [m for name in modules for m in (_submodules(name[:-2], root) if name.endswith(".*") else [name])]
     found: dict[str, Path] = {}

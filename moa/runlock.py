@@ -66,5 +66,5 @@ def _warn_of(processes: list[int]) -> None:
     names = ", ".join(map(str, processes)) or "unknown"
     sys.stderr.write(
         f"Another run, or a job that outlived one, is at work in this folder (process {names}). If Snakemake "
-        "says that the folder is locked: wait until they end, or end them, then give the same command again.\n"
+        "says that the folder is locked: wait until they end, or end them, then repeat the command.\n"
     )

@@ -1,0 +1,101 @@
+"""`python -m moa <stage>`: the command line, derived from the stages' signatures. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from moa import runlock
+from moa.stages import STAGES, settings
+
+
+def _simple(kind: Any) -> Any:
+    """The type of which an option's text becomes one: of `str | Path | None` and the like, the first."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return _simple(next(arm for arm in get_args(kind) if arm is not types.NoneType))
+    return kind
+
+
+def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, kind: Any) -> None:
+    """The option for one parameter of a stage."""
+    options: dict[str, Any] = {"required": parameter.default is parameter.empty}
+    if not options["required"]:
+        options["default"] = parameter.default
+    kind = _simple(kind)
+    origin = get_origin(kind)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif origin is Literal:
+        options["choices"] = get_args(kind)
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        options |= {"nargs": "+", "type": _simple(get_args(kind)[0])}
+    else:
+        options["type"] = kind
+    parser.add_argument(f"--{parameter.name.replace('_', '-')}", dest=parameter.name, **options)
+
+
+def _function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A stage's function and the types of its parameters."""
+    module, function = STAGES[name].target.split(":")
+    stage = getattr(import_module(module), function)
+    return stage, get_type_hints(stage)
+
+
+def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
+    """Settings of a stage, from its section as JSON or from a whole configuration file."""
+    from moa.config import load, read
+
+    values = {key: value for key, value in options.items() if isinstance(value, str)}
+    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
+    return load(kind, mapping, STAGES[name].section.format(**values))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one stage. Raises whatever the stage raises."""
+    top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
+    stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
+    parsers = {name: stages.add_parser(name, help=stage.help, add_help=False) for name, stage in STAGES.items()}
+    name = top.parse_known_args(arguments[:1])[0].stage
+    function, kinds = _function(name)
+    parser = parsers[name]
+    parser.add_argument("-h", "--help", action="help")
+    parser.description = inspect.getdoc(function)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    configured = [key for key, kind in kinds.items() if is_dataclass(kind)]
+    if configured:
+        help = "a configuration file, or the stage's settings as JSON"
+        parser.add_argument("--config", required=True, help=help)
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in configured:
+            _add_option(parser, parameter, kinds[parameter.name])
+    options = vars(top.parse_args(arguments))
+    options.pop("stage")
+    runlock.hold_from_environment()
+    for key in configured:
+        options[key] = _load(options.pop("config"), name, kinds[key], options)
+    function(**options)
+
+
+def main() -> int:
+    """Exit status 0, or 1 after an error that a user can mend, said in one line."""
+    try:
+        run(sys.argv[1:])
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        import traceback
+
+        traceback.print_exc()
+        print(f"\nerror: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
