@@ -4,7 +4,8 @@ Entry point, called by `python -m moa align`:
 
     run(config, split, raw, captions, segments, records, rejected)      one shard of each
 
-Every photo ends either as a record or as a rejected row with one of `REASONS`; none is lost.
+Every photo ends either as a record or as a rejected row with one of `REASONS` in
+`moa.data.errors`; none is lost.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from moa.data import phrases
 from moa.data.annotators import load
-from moa.data.errors import BrokenImage, DataError
+from moa.data.errors import BrokenImage, DataError, Rejected
 from moa.data.phrases import Phrase
 from moa.data.records import (
     CAPTION,
@@ -40,18 +41,6 @@ from moa.data.records import (
     write_rows,
 )
 from moa.methods import ModelSource
-
-REASONS = {
-    "broken_image": "the photo cannot be decoded",
-    "empty_caption": "the captioner said nothing",
-    "no_person_word": "the caption names nobody",
-    "plural": "the caption names people without saying how many",
-    "no_segment": "the segmenter found nobody",
-    "too_small": "nobody found is large enough",
-    "too_many": "more people than a record may hold",
-    "count_mismatch": "caption and segments disagree on how many there are",
-    "truncated": "the caption is too long for the text encoder",
-}
 
 
 @dataclass(frozen=True)
@@ -76,14 +65,6 @@ class AlignConfig:
         for name in ("min_area", "max_rejected"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {getattr(self, name)}")
-
-
-class Rejected(Exception):
-    """Why a photo becomes no record: one of `REASONS`, and the particulars."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
 
 
 # --- Matching ---------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ PLURAL = {
 NUMERALS = {"two": 2, "a couple of": 2, "a pair of": 2, "both": 2, "three": 3, "four": 4}
 _DETERMINERS = r"a|an|the|one|another|this|that"
 _JOINING = (
-    "of", "and", "or", "with", "in", "on", "at", "by", "to", "from", "for", "near", "next", "behind", "beside",
-    "wearing", "holding", "who", "is", "are", "as", "while",
+    "of", "and", "or", "with", "in", "on", "at", "by", "to", "from", "for", "near", "next", "behind",
+    "beside", "wearing", "holding", "who", "is", "are", "as", "while",
 )  # fmt: skip
 _NO_PEOPLE = ("man bun", "baby blue", "baby pink", "baby bump", "model car", "model train")
 _WORDS = "|".join(SINGULAR)
