@@ -1,0 +1,146 @@
+"""One training loop for every model of the miniature: keyed batches, cosine rate, EMA, exact resume."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a model is trained."""
+
+    steps: int  # optimizer steps
+    batch_size: int  # images a step
+    lr: float  # peak; linear warm-up, then a cosine down to 0
+    weight_decay: float = 0.01
+    warmup: int = 50  # steps
+    ema: float = 0.0  # decay of the averaged weights that are kept in the end; 0 = no averaging
+    bf16: bool = True  # autocast; sums, norms and the optimizer stay in fp32
+    clip: float = 1.0  # norm that gradients are clipped to
+    checkpoint_seconds: float = 300.0  # at most this much work is lost by a kill
+    log_every: int = 20  # steps a row of log.csv
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step (0 … steps − 1)."""
+        warm = min(1.0, (step + 1) / self.warmup)
+        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Run:
+    """The state of one training that survives a kill: weights, average, optimizer, step."""
+
+    def __init__(self, model: nn.Module, budget: Budget, folder: Path):
+        self.model, self.budget, self.folder = model, budget, folder
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=budget.lr, weight_decay=budget.weight_decay, betas=(0.9, 0.99)
+        )
+        self.ema = EMAModel(parameters, decay=budget.ema) if budget.ema else None
+        self.parameters, self.step, self.seconds = parameters, 0, 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one of the same budget."""
+        if not self.file.exists():
+            return
+        state = torch.load(self.file, weights_only=True)
+        if state["budget"] != asdict(self.budget):
+            raise ValueError(f"{self.file} was made with {state['budget']}; delete it to train with another budget")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "budget": asdict(self.budget),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        partial = self.file.with_suffix(".tmp")
+        torch.save(state, partial)
+        os.replace(partial, self.file)
+
+    def update(self, losses: dict[str, Tensor]) -> float:
+        """One optimizer step on the sum of the losses; returns the gradient norm before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.budget.rate(self.step)
+        total = torch.stack([v.float() for v in losses.values()]).sum()
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"loss is {total.item()} at step {self.step}: lower lr ({self.budget.lr})")
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.budget.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.step(self.parameters)
+        self.step += 1
+        return float(norm)
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append a row to log.csv, dropping rows that a killed run wrote past its checkpoint."""
+        file = self.folder / "log.csv"
+        rows = list(csv.DictReader(file.open())) if file.exists() else []
+        rows = [r for r in rows if int(r["step"]) < row["step"]]
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, fieldnames=list(row))
+            writer.writeheader()
+            writer.writerows([*rows, row])
+
+
+def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:
+    """Train `model` in place (its averaged weights when `budget.ema`); returns seconds spent, over all resumes.
+
+    `loss(step, rng)` gives named losses of one batch; `rng` depends on (seed, step) alone, so a resumed training
+    sees the batches that an unbroken one sees.
+    """
+    run = Run(model, budget, folder)
+    run.resume()
+    last_save = last = time.monotonic()
+    sums: dict[str, float] = {}
+    with tqdm(total=budget.steps, initial=run.step, desc=folder.name, mininterval=5) as bar:
+        while run.step < budget.steps:
+            rng = np.random.default_rng([budget.seed, run.step])
+            torch.manual_seed(int(rng.integers(2**31)))
+            with torch.autocast("cpu", torch.bfloat16, enabled=budget.bf16):
+                losses = loss(run.step, rng)
+            norm = run.update(losses)
+            now = time.monotonic()
+            run.seconds, last = run.seconds + now - last, now
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach()) / budget.log_every
+            bar.update()
+            if run.step % budget.log_every == 0:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
+                run.log({"step": run.step, **sums, "grad_norm": norm, "seconds": round(run.seconds, 1)})
+                sums = {}
+            if now - last_save > budget.checkpoint_seconds:
+                run.save()
+                last_save = now
+    run.save()
+    if run.ema:
+        run.ema.copy_to(run.parameters)
+    return run.seconds

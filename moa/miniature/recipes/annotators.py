@@ -1,0 +1,79 @@
+"""The annotators: a tiny BLIP-2 that writes task captions and a tiny Mask2Former that finds people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Blip2ForConditionalGeneration, Mask2FormerForUniversalSegmentation
+
+from moa.miniature import models
+from moa.miniature.captions import Wording, task_caption
+from moa.miniature.corpus import Corpus
+from moa.miniature.fit import Budget, fit
+from moa.miniature.recipes.clip import normalise
+from moa.miniature.tokenizer import load_tokenizer
+
+FULL = Wording(context=1.0, generic=0.0, prefix=0.0)  # a captioner names all it sees, always in the same order
+
+
+def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Inputs of Blip2ForConditionalGeneration: image placeholders, caption, end; the loss is on the last two."""
+    tokenizer = load_tokenizer()
+    texts = [task_caption(corpus.scenes[i], rng, FULL).text for i in indices]
+    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    images = torch.full((len(indices), models.QUERY_TOKENS), models.image_token_id())
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return {
+        "pixel_values": normalise(corpus.images[indices]),
+        "input_ids": torch.cat([images, ids], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(images), mask], dim=1),
+        "labels": torch.cat([torch.full_like(images, -100), labels], dim=1),
+    }
+
+
+def train_captioner(budget: Budget, corpus: Corpus, folder: Path) -> tuple[Blip2ForConditionalGeneration, float]:
+    """Picture → full task caption, by cross-entropy; all parts are trained from nothing."""
+    torch.manual_seed(budget.seed)
+    model = models.captioner()
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        batch = caption_batch(corpus, rng.integers(len(corpus), size=budget.batch_size), rng)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits[:, :-1].float()
+        return {"caption": F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)}
+
+    seconds = fit(model, loss, budget, folder)
+    return model.eval(), seconds
+
+
+def segment_targets(mask: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Id map [H, W] → (binary masks [K, H, W], classes [K]): background first, then each person."""
+    values = [v for v in range(int(mask.max()) + 1) if (mask == v).any()]
+    masks = torch.from_numpy(np.stack([mask == v for v in values])).float()
+    classes = [models.LABELS.index("person" if v else "background") for v in values]
+    return masks, torch.tensor(classes)
+
+
+def train_segmenter(
+    budget: Budget, corpus: Corpus, folder: Path
+) -> tuple[Mask2FormerForUniversalSegmentation, float]:
+    """Panoptic segmentation of persons and background with the true masks, by Mask2Former's own loss."""
+    torch.manual_seed(budget.seed)
+    model = models.segmenter()
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        indices = rng.integers(len(corpus), size=budget.batch_size)
+        x = models.segmenter_pixels(corpus.images[indices])
+        targets = [segment_targets(corpus.masks[i]) for i in indices]
+        masks = [F.interpolate(m[None], x.shape[-2:], mode="nearest")[0] for m, _ in targets]
+        out = model(pixel_values=x, mask_labels=masks, class_labels=[c for _, c in targets])
+        return {"segment": out.loss.squeeze()}
+
+    seconds = fit(model, loss, budget, folder)
+    return model.eval(), seconds
