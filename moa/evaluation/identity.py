@@ -1,0 +1,281 @@
+"""Identity preservation (IP): how like its reference a generated face is.
+
+Faces are found, embedded and compared by cosine, as FastComposer's evaluation does. One subject: the largest
+face. Several: as many of the largest faces, matched greedily, and the worst match counts. A missing face and a
+negative cosine score 0. (FastComposer embeds a black crop for a missing face, which leaks a score above 0.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+from moa.data.records import bounding_box
+from moa.evaluation.persons import PersonSegmenter
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The faces (or persons) of an image, the largest first."""
+
+    boxes: Floats  # [N, 4]: x1, y1, x2, y2 in pixels, inside the image
+    scores: Floats  # [N], 0..1
+
+
+@dataclass(frozen=True)
+class Score:
+    """How an image does against its references."""
+
+    ip: float  # 0..1
+    found: bool  # as many faces as references
+    faces: int
+    face_size: float  # smallest matched box, as a fraction of the image's area; 0 when one is missing
+
+
+class Detector(Protocol):
+    """Images to boxes."""
+
+    def detect(self, images: Sequence[Image.Image]) -> list[Detection]: ...
+
+
+class Embedder(Protocol):
+    """Crops to unit vectors [N, D]."""
+
+    def embed(self, crops: Sequence[Image.Image]) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Which detector finds the faces."""
+
+    kind: Literal["mtcnn", "segmenter"] = "mtcnn"
+    id: str | None = None  # segmenter: folder or hub name; mtcnn's weights come with facenet-pytorch
+    revision: str | None = None
+    label: str = "person"  # segmenter: the class that is wanted
+    threshold: float = 0.5  # segmenter: least score
+    min_area: float = 0.01  # segmenter: least area, fraction of the image
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """Which network says who it is."""
+
+    kind: Literal["facenet", "auto", "color"] = "facenet"
+    id: str | None = None  # facenet: the weights file; auto: folder or hub name of a transformers model
+    revision: str | None = None
+    sha256: str | None = None  # facenet: of the weights file
+
+
+# --- Boxes and crops --------------------------------------------------------------------------------------
+
+
+def tidy(boxes: Floats, scores: Floats, size: tuple[int, int]) -> Detection:
+    """Boxes cut to an image of (width, height), without empty ones, the largest first."""
+    width, height = size
+    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).clip(0, [width, height, width, height])
+    scores = np.asarray(scores, dtype=float).reshape(-1)
+    whole = boxes.astype(int)
+    real = (whole[:, 2] > whole[:, 0]) & (whole[:, 3] > whole[:, 1])
+    boxes, scores = boxes[real], scores[real]
+    order = np.argsort(-areas(boxes), kind="stable")
+    return Detection(boxes[order], scores[order])
+
+
+def areas(boxes: Floats) -> Floats:
+    """Areas [N] of boxes [N, 4], in square pixels."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """The part of an image inside a box, whose corners are rounded towards zero (as facenet-pytorch does)."""
+    left, top, right, bottom = (int(side) for side in box)
+    return image.crop((left, top, right, bottom))
+
+
+# --- Detectors --------------------------------------------------------------------------------------------
+
+
+class MTCNNDetector:
+    """facenet-pytorch's MTCNN with FastComposer's settings; its weights are part of the package."""
+
+    def __init__(self, device: str = "cpu"):
+        from facenet_pytorch import MTCNN  # here, because the miniature does not need it
+
+        self.model = MTCNN(
+            image_size=160,
+            margin=0,
+            min_face_size=20,
+            thresholds=[0.6, 0.7, 0.7],
+            factor=0.709,
+            keep_all=True,
+            device=torch.device(device),
+        )
+
+    def detect(self, images: Sequence[Image.Image]) -> list[Detection]:
+        """Faces of RGB images; images of the same size go through the network together."""
+        found: dict[int, Detection] = {}
+        for size in {image.size for image in images}:
+            same = [index for index, image in enumerate(images) if image.size == size]
+            boxes, scores = self.model.detect([images[index] for index in same])
+            for index, box, score in zip(same, boxes, scores, strict=True):
+                none = box is None
+                found[index] = tidy(np.zeros((0, 4)) if none else box, np.zeros(0) if none else score, size)
+        return [found[index] for index in range(len(images))]
+
+
+class SegmentDetector:
+    """The boxes of a segmenter's persons."""
+
+    def __init__(self, segmenter: PersonSegmenter):
+        self.segmenter = segmenter
+
+    def detect(self, images: Sequence[Image.Image]) -> list[Detection]:
+        """Persons of RGB images."""
+        return [
+            tidy(np.array([bounding_box(mask) for mask in s.masks]), s.scores, image.size)
+            for image, s in zip(images, self.segmenter(images), strict=True)
+        ]
+
+
+def load_detector(config: DetectorConfig, device: str = "cpu") -> Detector:
+    """The configured detector. Raises ValueError naming the missing key."""
+    if config.kind == "mtcnn":
+        return MTCNNDetector(device)
+    if config.id is None:
+        raise ValueError("detector: kind segmenter needs the key id, the segmenter's folder or hub name")
+    return SegmentDetector(
+        PersonSegmenter(config.id, config.revision, config.label, config.threshold, config.min_area, device)
+    )
+
+
+# --- Embedders --------------------------------------------------------------------------------------------
+
+
+def unit(vectors: NDArray) -> Floats:
+    """Rows [N, D] scaled to length 1; a row of zeros stays one, so that it resembles nothing."""
+    vectors = np.asarray(vectors, dtype=float)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+class ColorEmbedder:
+    """The mean colours of a 4 × 4 grid, less mid-grey: what a judge must beat to have seen more than colours."""
+
+    def embed(self, crops: Sequence[Image.Image]) -> Floats:
+        """[N, 48] for RGB crops."""
+        if not crops:
+            return np.zeros((0, 48))
+        cells = [np.asarray(c.convert("RGB").resize((4, 4), Image.Resampling.BOX), dtype=float) for c in crops]
+        return unit(np.stack(cells).reshape(len(crops), -1) / 127.5 - 1)
+
+
+class FaceNetEmbedder:
+    """InceptionResnetV1 trained on VGGFace2, on faces of 160 × 160 pixels."""
+
+    def __init__(self, file: str | Path, sha256: str | None, device: str = "cpu"):
+        """Load weights, without running any code of the file.
+
+        Raises:
+            FileNotFoundError: no such file. ValueError: its SHA-256 is another, or none is configured.
+        """
+        from facenet_pytorch import InceptionResnetV1
+
+        verify(file, sha256)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        self.model = InceptionResnetV1(pretrained=None)
+        self.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
+        self.model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def embed(self, crops: Sequence[Image.Image]) -> Floats:
+        """[N, 512] for RGB crops of any sizes, which are squeezed to squares."""
+        if not crops:
+            return np.zeros((0, 512))
+        faces = [np.asarray(c.resize((160, 160), Image.Resampling.BILINEAR), dtype=np.float32) for c in crops]
+        pixels = (torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2) - 127.5) / 128
+        return unit(self.model(pixels.to(self.device)).cpu().numpy())
+
+
+class AutoEmbedder:
+    """Any transformers vision model whose pooled output tells identities apart."""
+
+    def __init__(self, id: str, revision: str | None = None, device: str = "cpu"):
+        self.processor = AutoImageProcessor.from_pretrained(id, revision=revision, backend="pil")
+        self.model = AutoModel.from_pretrained(id, revision=revision).to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def embed(self, crops: Sequence[Image.Image]) -> Floats:
+        """[N, D] for RGB crops of any sizes; the model's own image processor resizes them."""
+        if not crops:
+            return np.zeros((0, 1))
+        pixels = self.processor(images=list(crops), return_tensors="pt")["pixel_values"]
+        return unit(self.model(pixel_values=pixels.to(self.device)).pooler_output.flatten(1).cpu().numpy())
+
+
+def verify(file: str | Path, sha256: str | None) -> None:
+    """Check a weights file against its SHA-256; the errors say what to do."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file} is missing; fetch the weights first, or correct models.identity.id")
+    actual = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    if sha256 is None:
+        raise ValueError(f"models.identity.sha256 is not set; if you trust {file}, set it to {actual}")
+    if actual != sha256.lower():
+        raise ValueError(f"{file} has SHA-256 {actual}, not {sha256}; delete it and fetch it again")
+
+
+def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
+    """The configured embedder. Raises ValueError naming the missing key."""
+    if config.kind == "color":
+        return ColorEmbedder()
+    if config.id is None:
+        raise ValueError(f"identity: kind {config.kind} needs the key id: a folder, a hub name or a weights file")
+    if config.kind == "facenet":
+        return FaceNetEmbedder(config.id, config.sha256, device)
+    return AutoEmbedder(config.id, config.revision, device)
+
+
+# --- The score --------------------------------------------------------------------------------------------
+
+
+def greedy_matches(similarity: Floats) -> list[tuple[int, int]]:
+    """(reference, face) pairs: the most similar first, then the most similar of the rest, until one side ends.
+
+    Args:
+        similarity: [references, faces]. On a tie the first in reading order wins.
+    """
+    left = np.array(similarity, dtype=float)
+    matches = []
+    for _ in range(min(left.shape)):
+        reference, face = np.unravel_index(np.argmax(left), left.shape)
+        matches.append((int(reference), int(face)))
+        left[reference, :] = -np.inf
+        left[:, face] = -np.inf
+    return matches
+
+
+def score(references: Floats, faces: Floats, sizes: Floats) -> Score:
+    """Compare an image's faces with its references.
+
+    Args:
+        references: [S, D] unit vectors, one a subject.
+        faces: [N, D] unit vectors, the largest face first.
+        sizes: [N] areas of the faces' boxes, as fractions of the image's area.
+    """
+    wanted, number = len(references), len(faces)
+    if number < wanted:
+        return Score(0.0, False, number, 0.0)
+    similarity = references @ faces[:wanted].T
+    worst = min(float(similarity[match]) for match in greedy_matches(similarity))
+    return Score(max(worst, 0.0), True, number, float(sizes[:wanted].min()))

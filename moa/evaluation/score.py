@@ -1,0 +1,146 @@
+"""The `score` stage: image rows to scored rows. Models look at each image once; all the rest is arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from moa.data.errors import DataError
+from moa.evaluation import context, features, samples
+from moa.evaluation.features import Features, Judges, ScoreConfig
+from moa.evaluation.identity import score as score_identity
+from moa.evaluation.samples import MADE, SAMPLE, Row
+
+KEPT = pa.schema(
+    [
+        pa.field(name, kind, nullable=name in ("train_seed", "psnr", "ssim"))
+        for name, kind in {
+            "method": pa.string(),
+            "train_seed": pa.int32(),
+            "split": pa.string(),
+            "kind": pa.string(),
+            "prompt_id": pa.string(),
+            "index": pa.int32(),
+            "subject": pa.string(),  # of the one image
+            "other": pa.string(),  # of the other
+            "members": pa.list_(pa.string()),  # everyone in either image
+            "psnr": pa.float64(),  # dB; null where the subjects leave too little to compare
+            "ssim": pa.float64(),
+            "outside": pa.float64(),  # fraction of the pixels that were compared
+        }.items()
+    ],
+    metadata={"moa_schema": "kept/1"},
+)
+
+
+def score(
+    config: ScoreConfig,
+    made: Sequence[str | Path],
+    subjects: str | Path,
+    results: str | Path,
+    samples_out: str | Path,
+    features_out: str | Path,
+) -> None:
+    """Score images.
+
+    Args:
+        config: the judges.
+        made: parquet files of `MADE` rows, of any methods and kinds of one split.
+        subjects: the split's subjects file, whose photos are the references.
+        results: the folder that the rows' paths start from.
+        samples_out: `SAMPLE` rows are written here.
+        features_out: and here what the judges saw, for metrics to come.
+
+    Raises:
+        DataError: a broken image, a subject without photo, or a reference without a face.
+    """
+    rows = sorted(samples.read(made, MADE), key=samples.sort_key)
+    photos = {name: s.image for name, s in samples.read_subjects(subjects).items()}
+    judges = Judges(config)
+    references = reference_features(judges, photos, {name for row in rows for name in row["subjects"]})
+    seen = features.look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True)) if prompts else {}
+    features.write(features_out, seen)
+    samples.write(samples_out, [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows])
+
+
+def reference_features(judges: Judges, photos: Mapping[str, Image.Image], names: set[str]) -> dict[str, Features]:
+    """Features of the wanted subjects' photos. Raises DataError for one that is missing or shows no face."""
+    missing = sorted(names - set(photos))
+    if missing:
+        raise DataError(f"no photo of subject {', '.join(missing)}; is the subjects file of another split?")
+    ordered = sorted(names)
+    found = dict(zip(ordered, judges.look([photos[name] for name in ordered]), strict=True))
+    faceless = [name for name in ordered if not len(found[name].detection.boxes)]
+    if faceless:
+        raise DataError(
+            f"no face found in the photo of subject {', '.join(faceless)}: take another photo or subject, "
+            "or lower detector.threshold"
+        )
+    return found
+
+
+def score_row(row: Row, seen: Features, references: Mapping[str, Features], text: Any) -> Row:
+    """The `SAMPLE` row of a `MADE` row; each reference counts with its largest face."""
+    wanted = [references[name] for name in row["subjects"]]
+    scored = score_identity(np.stack([r.identity[0] for r in wanted]), seen.identity, seen.face_sizes)
+    colored = score_identity(np.stack([r.color[0] for r in wanted]), seen.color, seen.face_sizes)
+    return {
+        **row,
+        "ip": scored.ip,
+        "ip_color": colored.ip,
+        "pc": float(seen.clip @ text),
+        "found": scored.found,
+        "faces": scored.faces,
+        "face_size": scored.face_size,
+    }
+
+
+def merge(parts: Sequence[str | Path], output: str | Path) -> None:
+    """Join scored parts into one samples file; a row given twice is a DataError."""
+    samples.write(output, samples.read(parts, SAMPLE))
+
+
+def compare_swaps(
+    made: Sequence[str | Path],
+    seen: Sequence[str | Path],
+    results: str | Path,
+    output: str | Path,
+    dilation: float = 0.05,
+) -> None:
+    """Write `KEPT` rows: context kept between images of the same prompt and noise with different subjects.
+
+    Args:
+        made: `SAMPLE` files; rows of a kind whose noise is shared form pairs, others none.
+        seen: the features files of these images.
+        results: the folder that the rows' paths start from.
+        output: parquet file to write.
+        dilation: how far a subject's mask is grown, as a fraction of the image's side.
+    """
+    rows, found = samples.read(made, SAMPLE), features.read(seen)
+    kept = []
+    for one, other in context.swaps(rows):
+        images = [np.asarray(features.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
+        union = found[one["path"]].persons | found[other["path"]].persons
+        mask = context.dilate(union, dilation)
+        kept.append(_kept_row(one, other, context.kept(*images, mask), float(1 - mask.mean())))
+    kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
+    samples.write_rows(output, kept, KEPT)
+
+
+def _kept_row(one: Mapping[str, Any], other: Mapping[str, Any], kept: context.Kept | None, outside: float) -> Row:
+    same = ("method", "train_seed", "split", "kind", "prompt_id", "index", "subject")
+    return {
+        **{name: one[name] for name in same},
+        "other": other["subject"],
+        "members": sorted({*one["subjects"], *other["subjects"]}),
+        "psnr": kept.psnr if kept else None,
+        "ssim": kept.ssim if kept else None,
+        "outside": outside,
+    }
