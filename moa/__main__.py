@@ -62,7 +62,9 @@ def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
-    parsers = {name: stages.add_parser(name, help=stage.help, add_help=False) for name, stage in STAGES.items()}
+    parsers = {
+        name: stages.add_parser(name, help=stage.help, add_help=False) for name, stage in STAGES.items()
+    }
     name = top.parse_known_args(arguments[:1])[0].stage
     function, kinds = _function(name)
     parser = parsers[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moa.hashing import code_hash
@@ -22,7 +23,9 @@ class Stage:
     target: str  # "module:function"
     help: str
     section: str = ""  # dotted key of its section; "{…}" is replaced by an option's value
-    shared: Mapping[str, str] = field(default_factory=dict)  # setting: dotted key elsewhere in the configuration
+    shared: Mapping[str, str] = field(
+        default_factory=dict
+    )  # setting: dotted key elsewhere in the configuration
     registers: tuple[str, ...] = ()  # modules that it uses without importing them by name
 
     @property
@@ -77,3 +80,21 @@ def code(name: str) -> str:
     """Hash of the modules that stage `name` uses."""
     stage = STAGES[name]
     return code_hash(stage.module, *stage.registers)
+
+
+def model_files(config: Config, role: str) -> list[str]:
+    """Files of the model that plays `role`, sorted; none for a model of the hub, whose revision is a setting.
+
+    Raises FileNotFoundError naming the key if the model should lie in a folder and does not.
+    """
+    source = get(config, f"models.{role}.id")
+    path = Path(source)
+    if path.is_file():
+        return [source]
+    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
+    if not files and source.count("/") != 1:
+        raise FileNotFoundError(
+            f"models.{role}.id: no model in the folder {source}; correct the key `weights`, or run "
+            "`snakemake pretrain` and set `weights` to the folder that it fills"
+        )
+    return files
