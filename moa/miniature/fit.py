@@ -64,7 +64,9 @@ class Run:
             return
         state = torch.load(self.file, weights_only=True)
         if state["budget"] != asdict(self.budget):
-            raise ValueError(f"{self.file} was made with {state['budget']}; delete it to train with another budget")
+            raise ValueError(
+                f"{self.file} was made with {state['budget']}; delete it to train with another budget"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -90,7 +92,9 @@ class Run:
             group["lr"] = self.budget.rate(self.step)
         total = torch.stack([v.float() for v in losses.values()]).sum()
         if not torch.isfinite(total):
-            raise FloatingPointError(f"loss is {total.item()} at step {self.step}: lower lr ({self.budget.lr})")
+            raise FloatingPointError(
+                f"loss is {total.item()} at step {self.step}: lower lr ({self.budget.lr})"
+            )
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.budget.clip)
         self.optimizer.step()

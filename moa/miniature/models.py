@@ -21,9 +21,11 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
@@ -71,7 +73,13 @@ SCHEDULER = dict(
     prediction_type="v_prediction",
     rescale_betas_zero_snr=False,
 )
-TEXT = dict(hidden_act="gelu", hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4)
+TEXT = dict(
+    hidden_act="gelu",
+    hidden_size=WIDTH,
+    intermediate_size=4 * WIDTH,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
 VISION = dict(
     hidden_act="gelu",
     hidden_size=WIDTH,
@@ -107,7 +115,9 @@ def clip(layers: int = 4) -> CLIPModel:
     )
     config = CLIPConfig(
         text_config=CLIPTextConfig(**TEXT, **special, projection_dim=WIDTH).to_dict(),
-        vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": layers}, projection_dim=WIDTH).to_dict(),
+        vision_config=CLIPVisionConfig(
+            **VISION | {"num_hidden_layers": layers}, projection_dim=WIDTH
+        ).to_dict(),
         projection_dim=WIDTH,
     )
     return CLIPModel._from_config(config, attn_implementation="eager")  # SDPA's backward is slow on CPU
@@ -149,7 +159,11 @@ def save_half(model: torch.nn.Module, folder: Path) -> None:
 
 JUDGE_SIZE = 96  # pixels; figures are enlarged, since a ResNet's stem shrinks fourfold
 RESNET = dict(
-    embedding_size=48, hidden_sizes=[48, 96, 160, 256], depths=[1, 2, 2, 1], layer_type="basic", hidden_act="relu"
+    embedding_size=48,
+    hidden_sizes=[48, 96, 160, 256],
+    depths=[1, 2, 2, 1],
+    layer_type="basic",
+    hidden_act="relu",
 )
 
 
@@ -162,7 +176,10 @@ def attribute_classifier() -> ResNetForImageClassification:
     """One logit for each value of each attribute; `split_logits` takes them apart."""
     names = [f"{attribute}={value}" for attribute, values in ATTRIBUTES.items() for value in values]
     config = ResNetConfig(
-        **RESNET, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        **RESNET,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
     )
     return ResNetForImageClassification(config)
 
@@ -181,7 +198,10 @@ def judge_pixels(images: np.ndarray) -> Tensor:
 def judge_processor() -> ViTImageProcessor:
     """Crops of any size to normalised 96 × 96 pixels."""
     return ViTImageProcessor(
-        size={"height": JUDGE_SIZE, "width": JUDGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
+        size={"height": JUDGE_SIZE, "width": JUDGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        resample=2,
     )
 
 
@@ -199,8 +219,12 @@ def captioner() -> Blip2ForConditionalGeneration:
     tokenizer = load_tokenizer()
     size = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4)
     config = Blip2Config(
-        vision_config=dict(**size, num_hidden_layers=4, image_size=IMAGE_SIZE, patch_size=8, hidden_act="gelu"),
-        qformer_config=dict(**size, num_hidden_layers=2, encoder_hidden_size=WIDTH, cross_attention_frequency=1),
+        vision_config=dict(
+            **size, num_hidden_layers=4, image_size=IMAGE_SIZE, patch_size=8, hidden_act="gelu"
+        ),
+        qformer_config=dict(
+            **size, num_hidden_layers=2, encoder_hidden_size=WIDTH, cross_attention_frequency=1
+        ),
         text_config=dict(
             model_type="opt",
             hidden_size=WIDTH,
@@ -269,3 +293,26 @@ def segmenter_processor() -> Mask2FormerImageProcessor:
 def segmenter_pixels(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] → what `segmenter_processor` makes of them, [B, 3, 128, 128]."""
     return torch.nn.functional.interpolate(judge_pixels(images), SEGMENTER_SIZE, mode="bilinear")
+
+
+def clip_processor() -> CLIPProcessor:
+    """Pictures and texts to the inputs of both CLIPs."""
+    return CLIPProcessor(image_processor(), load_tokenizer())
+
+
+def random_models(folder: Path, seed: int = 0) -> None:
+    """Save every model untrained, with its processor, in the layout of the shipped weights: for tests of plumbing."""
+    torch.manual_seed(seed)
+    both = clip()
+    assemble_prior(vae(), unet(), text_encoder(both)).save_pretrained(folder / "prior")
+    CLIPVisionModelWithProjection(both.config.vision_config).save_pretrained(folder / "image_encoder")
+    image_processor().save_pretrained(folder / "image_encoder")
+    for name, model, processor in (
+        ("identity", embedder(), judge_processor()),
+        ("attributes", attribute_classifier(), judge_processor()),
+        ("clip_judge", clip(3), clip_processor()),
+        ("segmenter", segmenter(), segmenter_processor()),
+        ("captioner", captioner(), captioner_processor()),
+    ):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)

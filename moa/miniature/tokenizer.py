@@ -34,7 +34,9 @@ def learn_vocabulary(folder: Path, captions: int = 20000) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=1024, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        ),
     )
     learned = json.loads(bpe.to_str())["model"]
     merges = [m if isinstance(m, list) else m.split(" ") for m in learned["merges"]]

@@ -17,7 +17,9 @@ from moa.miniature.fit import Budget, fit
 from moa.miniature.recipes.clip import normalise
 from moa.miniature.tokenizer import load_tokenizer
 
-FULL = Wording(context=1.0, generic=0.0, prefix=0.0)  # a captioner names all it sees, always in the same order
+FULL = Wording(
+    context=1.0, generic=0.0, prefix=0.0
+)  # a captioner names all it sees, always in the same order
 
 
 def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -37,7 +39,9 @@ def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator)
     }
 
 
-def train_captioner(budget: Budget, corpus: Corpus, folder: Path) -> tuple[Blip2ForConditionalGeneration, float]:
+def train_captioner(
+    budget: Budget, corpus: Corpus, folder: Path
+) -> tuple[Blip2ForConditionalGeneration, float]:
     """Picture → full task caption, by cross-entropy; all parts are trained from nothing."""
     torch.manual_seed(budget.seed)
     model = models.captioner()

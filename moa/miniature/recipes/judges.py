@@ -55,9 +55,7 @@ class Figures:
         self.images = np.stack([crop(corpus.images[i], box, size) for i, _, box in rows])
         self.identity = [corpus.scenes[i].identities[f].id for i, f, _ in rows]
         by_figure = [corpus.labels(0), corpus.labels(1)]
-        self.labels = {
-            name: np.array([by_figure[f][name][i] for i, f, _ in rows]) for name in ATTRIBUTES
-        }
+        self.labels = {name: np.array([by_figure[f][name][i] for i, f, _ in rows]) for name in ATTRIBUTES}
 
     def __len__(self) -> int:
         return len(self.scene)
@@ -87,7 +85,9 @@ class ArcFace(nn.Module):
         width = embedder.config.hidden_sizes[-1]
         self.embedder = embedder
         self.centres = nn.Parameter(torch.randn(identities, width) * 0.05)
-        self.attributes = nn.ModuleDict({n: nn.Linear(width, len(ATTRIBUTES[n])) for n in IDENTITY_ATTRIBUTES})
+        self.attributes = nn.ModuleDict(
+            {n: nn.Linear(width, len(ATTRIBUTES[n])) for n in IDENTITY_ATTRIBUTES}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embedder(x).pooler_output.flatten(1).float()
@@ -124,7 +124,9 @@ def train_identity(budget: Budget, corpus: Corpus, folder: Path) -> tuple[ResNet
     return model.embedder.eval(), seconds
 
 
-def train_attributes(budget: Budget, corpus: Corpus, folder: Path) -> tuple[ResNetForImageClassification, float]:
+def train_attributes(
+    budget: Budget, corpus: Corpus, folder: Path
+) -> tuple[ResNetForImageClassification, float]:
     """One classifier for all attributes: whole single-figure pictures for the background, crops for the rest."""
     torch.manual_seed(budget.seed)
     figures = Figures(corpus)
@@ -135,8 +137,12 @@ def train_attributes(budget: Budget, corpus: Corpus, folder: Path) -> tuple[ResN
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         half = budget.batch_size // 2
         i, j = rng.choice(single, half), rng.integers(len(figures), size=half)
-        pictures = np.stack([np.asarray(Image.fromarray(corpus.images[k]).resize((size, size), 2)) for k in i])
-        logits = models.split_logits(model(augment(np.concatenate([pictures, figures.images[j]]), rng)).logits)
+        pictures = np.stack(
+            [np.asarray(Image.fromarray(corpus.images[k]).resize((size, size), 2)) for k in i]
+        )
+        logits = models.split_logits(
+            model(augment(np.concatenate([pictures, figures.images[j]]), rng)).logits
+        )
         losses = {}
         for name in ATTRIBUTES:
             crops = figures.labels[name][j] if name in FIGURE_ATTRIBUTES else np.full(half, -100)

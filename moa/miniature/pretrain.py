@@ -1,0 +1,129 @@
+"""Train the miniature's models from nothing: one stage a model, then `assemble` into the folders that are shipped."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+from moa.miniature import corpus, models
+from moa.miniature.fit import Budget
+from moa.miniature.recipes import annotators, clip, judges, prior, vae
+
+Model = Literal["vae", "clip", "unet", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How one model is trained."""
+
+    budget: Budget
+    images: int = 24000  # rendered scenes of the pretraining identities
+    corpus_seed: int = 0
+    threads: int = 2  # CPU threads; results depend on it in the last bits
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Trained parts that the prior's U-Net stands on."""
+
+    vae: Path | None = None
+    clip: Path | None = None
+
+
+def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
+    if parts.vae is None or parts.clip is None:
+        raise ValueError("the U-Net needs --vae and --clip: folders that `pretrain` made for those models")
+    text = models.text_encoder(CLIPModel.from_pretrained(parts.clip))
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text)
+
+
+RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Module, float]]] = {
+    "vae": lambda budget, data, folder, parts: vae.train(budget, data, folder),
+    "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
+    "unet": _train_unet,
+    "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
+    "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
+    "clip_judge": lambda budget, data, folder, parts: clip.train(
+        budget, data, folder, layers=3, web_share=0.2
+    ),
+    "segmenter": lambda budget, data, folder, parts: annotators.train_segmenter(budget, data, folder),
+    "captioner": lambda budget, data, folder, parts: annotators.train_captioner(budget, data, folder),
+}
+
+
+def save_processor(model: str, folder: Path) -> None:
+    """What turns pictures or texts into the model's inputs, saved beside it."""
+    if model in ("identity", "attributes"):
+        models.judge_processor().save_pretrained(folder)
+    elif model == "segmenter":
+        models.segmenter_processor().save_pretrained(folder)
+    elif model == "captioner":
+        models.captioner_processor().save_pretrained(folder)
+    elif model in ("clip", "clip_judge"):
+        models.clip_processor().save_pretrained(folder)
+
+
+def run(
+    settings: PretrainConfig,
+    model: Model,
+    output: Path,
+    cache: Path,
+    checkpoints: Path,
+    vae: Path | None = None,
+    clip: Path | None = None,
+) -> None:
+    """Train one model and save it in half precision.
+
+    `cache` keeps rendered scenes; `checkpoints` keeps the state of the training, from which a killed run goes on.
+    """
+    torch.set_num_threads(settings.threads)
+    data = corpus.load("pretrain", settings.images, settings.corpus_seed, cache)
+    torch.manual_seed(settings.budget.seed)
+    trained, seconds = RECIPES[model](settings.budget, data, checkpoints / model, Parts(vae, clip))
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    models.save_half(trained, partial)
+    save_processor(model, partial)
+    shutil.copy(checkpoints / model / "log.csv", partial / "log.csv")
+    recipe = {
+        "model": model,
+        "parameters": sum(p.numel() for p in trained.parameters()),
+        "settings": asdict(settings),
+        "data_sha256": data.sha256,
+        "seconds": round(seconds),
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+    }
+    (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def assemble(vae: Path, clip: Path, unet: Path, prior: Path, image_encoder: Path) -> None:
+    """Join trained parts into the prior (diffusers' folder layout) and the subject encoder."""
+    both = CLIPModel.from_pretrained(clip)
+    text = models.text_encoder(both)
+    pipeline = models.assemble_prior(
+        AutoencoderKL.from_pretrained(vae), UNet2DConditionModel.from_pretrained(unet), text
+    )
+    pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
+    vision = CLIPVisionModelWithProjection(both.config.vision_config)
+    vision.vision_model.load_state_dict(both.vision_model.state_dict())
+    vision.visual_projection.load_state_dict(both.visual_projection.state_dict())
+    models.save_half(vision, image_encoder)
+    models.image_processor().save_pretrained(image_encoder)
+    for name, source in {"vae": vae, "clip": clip, "unet": unet}.items():
+        for file in ("recipe.json", "log.csv"):
+            shutil.copy(source / file, prior / f"{name}-{file}")
+    for file in ("recipe.json", "log.csv"):
+        shutil.copy(clip / file, image_encoder / file)
