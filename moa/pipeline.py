@@ -1,0 +1,152 @@
+"""MoAPipeline: Stable Diffusion with subjects. Thin: SubjectConditioner and the adapter do the work.
+
+    pipe = MoAPipeline.from_pretrained("prior", adapter="adapter", image_encoder="image_encoder")
+    pipe("a man and a woman", subjects=[photo_a, photo_b], subject_words=["man", "woman"]).images[0]
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from torch import Tensor
+from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+from moa.adapter import MoAAdapter
+from moa.attention import Recorder
+from moa.conditioner import NullBranch, SubjectConditioner
+
+
+class MoAPipeline(StableDiffusionPipeline):
+    """StableDiffusionPipeline whose `__call__` takes subjects; its U-Net has the adapter installed.
+
+    feature_extractor: the image processor of image_encoder.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        adapter: MoAAdapter,
+        image_encoder: CLIPVisionModelWithProjection,
+        feature_extractor: CLIPImageProcessor,
+        safety_checker: StableDiffusionSafetyChecker | None = None,
+        requires_safety_checker: bool = False,
+    ):
+        super().__init__(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=safety_checker,
+            feature_extractor=feature_extractor,
+            image_encoder=image_encoder,
+            requires_safety_checker=requires_safety_checker,
+        )
+        self.register_modules(adapter=adapter)
+        adapter.install(unet)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        prior: str | Path,
+        adapter: str | Path | MoAAdapter | None = None,
+        image_encoder: str | Path | CLIPVisionModelWithProjection | None = None,
+        feature_extractor: CLIPImageProcessor | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a Stable Diffusion folder or hub id, an adapter, and the image encoder that the adapter was trained on.
+
+        feature_extractor: None reads it from the image encoder's folder. All three may be left out where `prior` is a
+        whole MoAPipeline that `save_pretrained` wrote. kwargs: those of `StableDiffusionPipeline.from_pretrained`.
+        """
+        dtype = {"torch_dtype": kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
+        if isinstance(image_encoder, (str, Path)):
+            folder = image_encoder
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(
+                folder, **({"dtype": dtype["torch_dtype"]} if dtype else {})
+            )
+            feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(folder)
+        if isinstance(adapter, (str, Path)):
+            adapter = MoAAdapter.from_pretrained(adapter, **dtype)
+        parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
+        kwargs.update({name: part for name, part in parts.items() if part is not None})
+        return super().from_pretrained(prior, **kwargs)
+
+    @property
+    def conditioner(self) -> SubjectConditioner:
+        return SubjectConditioner(
+            self.tokenizer, self.text_encoder, self.image_encoder, self.feature_extractor, self.adapter
+        )
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str],
+        subjects: Sequence | None = None,
+        subject_words: Sequence | None = None,
+        subject_spans: Sequence | None = None,
+        subject_tokens: Sequence | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        prior_only: bool | Sequence[bool] = False,
+        null_branch: NullBranch = "expert",
+        personalize_below: int = 1000,
+        recorder: Recorder | None = None,
+        **kwargs: Any,
+    ) -> StableDiffusionPipelineOutput | tuple:
+        """Generate images of the subjects.
+
+        prompt, subjects, subject_words/_spans/_tokens: as SubjectConditioner takes them. prior_only: the base model's
+        images for the same seed. null_branch, personalize_below, recorder: see SubjectConditioner and MoAContext.
+        The rest and kwargs (callback_on_step_end, timesteps, …) are StableDiffusionPipeline's; a list of generators
+        has one an image, num_images_per_prompt consecutive ones a prompt.
+        """
+        self.adapter.assert_installed(self.unet)
+        conditioner = self.conditioner
+        conditioner.personalize_below = personalize_below
+        conditioning = conditioner(
+            prompt,
+            subjects=subjects,
+            words=subject_words,
+            spans=subject_spans,
+            tokens=subject_tokens,
+            negative_prompts=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance=guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
+            prior_only=prior_only,
+            null_branch=null_branch,
+            recorder=recorder,
+        )
+        extra = {**(cross_attention_kwargs or {}), **conditioning.cross_attention_kwargs}
+        return super().__call__(
+            prompt_embeds=conditioning.prompt_embeds,
+            negative_prompt_embeds=conditioning.negative_prompt_embeds,
+            cross_attention_kwargs=extra,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            **kwargs,
+        )
