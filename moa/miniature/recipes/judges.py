@@ -24,19 +24,14 @@ MARGIN, SCALE = 0.3, 24.0  # ArcFace's additive angle (radians) and its temperat
 FIGURE_ATTRIBUTES = tuple(n for n in ATTRIBUTES if not n.startswith("background"))
 
 
-def square_box(mask: np.ndarray, figure: int, pad: float = 0.06) -> tuple[int, int, int, int] | None:
-    """The square [x1, y1, x2, y2) around a figure, padded by a share of its side; may leave the picture."""
+def box(mask: np.ndarray, figure: int) -> tuple[int, int, int, int] | None:
+    """The box [x1, y1, x2, y2) of a figure; None where nothing of it is seen."""
     ys, xs = np.nonzero(mask == figure + 1)
-    if len(xs) == 0:
-        return None
-    x1, x2, y1, y2 = xs.min(), xs.max() + 1, ys.min(), ys.max() + 1
-    side = max(x2 - x1, y2 - y1) * (1 + 2 * pad)
-    cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
-    return int(cx - side / 2), int(cy - side / 2), int(cx + side / 2), int(cy + side / 2)
+    return (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else None
 
 
 def crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """uint8 crop [size, size, 3]; what lies outside the picture is black."""
+    """uint8 crop [size, size, 3]: the box squeezed to a square, as the evaluation does."""
     return np.asarray(Image.fromarray(image).crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
@@ -45,14 +40,14 @@ class Figures:
 
     def __init__(self, corpus: Corpus, size: int = models.JUDGE_SIZE):
         rows = [
-            (i, f, box)
+            (i, f, b)
             for i, scene in enumerate(corpus.scenes)
             for f in range(len(scene.identities))
-            if (box := square_box(corpus.masks[i], f)) is not None
+            if (b := box(corpus.masks[i], f)) is not None
         ]
         self.scene = np.array([r[0] for r in rows])
         self.figure = np.array([r[1] for r in rows])
-        self.images = np.stack([crop(corpus.images[i], box, size) for i, _, box in rows])
+        self.images = np.stack([crop(corpus.images[i], b, size) for i, _, b in rows])
         self.identity = [corpus.scenes[i].identities[f].id for i, f, _ in rows]
         by_figure = [corpus.labels(0), corpus.labels(1)]
         self.labels = {name: np.array([by_figure[f][name][i] for i, f, _ in rows]) for name in ATTRIBUTES}

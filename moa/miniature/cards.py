@@ -1,0 +1,88 @@
+"""Model cards of the miniature's models: recipe, data, training log and what the gates measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+ABOUT = {
+    "prior": "A small Stable Diffusion (CLIPTextModel, AutoencoderKL, UNet2DConditionModel) of the miniature world.",
+    "image_encoder": "The subject encoder: the vision tower of the CLIP whose text tower the prior uses.",
+    "captioner": "A small BLIP-2 that captions the miniature's pictures with class words and context.",
+    "segmenter": "A small Mask2Former that finds the people in the miniature's pictures.",
+    "clip_judge": "The judge of prompt consistency: a CLIP trained apart from the prior's text encoder.",
+    "identity": "The judge of identity: a ResNet trained with ArcFace, apart from the subject encoder.",
+    "attributes": "A classifier of every attribute of a picture; it measures the other models.",
+}
+GATES = {  # which rows of the gates speak of a model
+    "prior": ("autoencoder", "prior"),
+    "image_encoder": (),
+    "captioner": ("captioner",),
+    "segmenter": ("segmenter",),
+    "clip_judge": ("clip_judge",),
+    "identity": ("identity", "mean colours"),
+    "attributes": ("attributes",),
+}
+LICENCE = """---
+license: apache-2.0
+library_name: {library}
+tags: [moa, miniature]
+---
+"""
+
+
+def _recipe(file: Path) -> str:
+    """One trained part: what a reader needs to train it again."""
+    recipe = json.loads(file.read_text())
+    budget: dict[str, Any] = recipe["settings"]["budget"]
+    return (
+        f"- **{recipe['model']}**: {recipe['parameters']:,} parameters; {budget['steps']} steps of "
+        f"{budget['batch_size']} pictures, AdamW at {budget['lr']:g} (cosine), weight decay "
+        f"{budget['weight_decay']:g}, EMA {budget['ema']:g}, seed {budget['seed']}; "
+        f"{recipe['seconds'] / 60:.0f} minutes with {recipe['settings']['threads']} thread(s) of a "
+        f"{recipe['processor']} processor, torch {recipe['torch']}. Data: {recipe['settings']['images']} rendered "
+        f"scenes of the pretraining identities, SHA-256 `{recipe['data_sha256'][:16]}…`. "
+        f"Log: `{file.name.replace('recipe.json', 'log.csv')}`."
+    )
+
+
+def card(name: str, folder: Path, gates: list[dict[str, str]]) -> str:
+    """The README.md of one model's folder."""
+    lines = [
+        LICENCE.format(library="diffusers" if name == "prior" else "transformers") + f"# Miniature: {name}"
+    ]
+    lines += [
+        "",
+        ABOUT[name],
+        "",
+        "Weights are fp16 safetensors. Trained from nothing by `snakemake pretrain`.",
+        "",
+    ]
+    lines += ["## Recipe", "", *(_recipe(f) for f in sorted(folder.glob("*recipe.json"))), ""]
+    rows = [r for r in gates if r["gate"] in GATES[name]]
+    if rows:
+        lines += [
+            "## Measured on held-out identities",
+            "",
+            "| gate | measure | value | goal | reached | count |",
+        ]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += ["| " + " | ".join(r.values()) + " |" for r in rows]
+        lines += [
+            "",
+            "Goals that are missed are marked `no`: results that stand on this model inherit its limits.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def run(weights: Path, gates: Path) -> None:
+    """Write README.md into every model's folder below `weights`. Raises FileNotFoundError for a missing model."""
+    rows = list(csv.DictReader(gates.open()))
+    for name in ABOUT:
+        folder = weights / name
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is missing: train it with `snakemake pretrain`")
+        (folder / "README.md").write_text(card(name, folder, rows))

@@ -1,0 +1,348 @@
+"""What the miniature's models can do, measured on held-out identities, before anything is built on them.
+
+Each `measure_*` returns rows (gate, measure, value, goal, count). A goal that is missed is reported, not hidden.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from moa.data.annotators import ModelSource
+from moa.data.caption import CaptionConfig, Captioner
+from moa.data.segment import SegmentConfig
+from moa.evaluation.identity import AutoEmbedder, ColorEmbedder, Embedder
+from moa.evaluation.persons import PersonFinder
+from moa.evaluation.prompt import ClipJudge
+from moa.miniature import corpus, models
+from moa.miniature.annotation import caption_cases, overlaps
+from moa.miniature.captions import Wording, task_caption
+from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
+from moa.miniature.render import render
+from moa.miniature.world import (
+    ATTRIBUTES,
+    CONTEXT_ATTRIBUTES,
+    IDENTITY_ATTRIBUTES,
+    Identity,
+    Scene,
+    identities,
+    labels,
+    sample_scene,
+)
+
+Row = tuple[str, str, float, float | None, int]
+PROMPT = Wording(context=1.0, generic=0.0, prefix=0.0)
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """How much is measured."""
+
+    images: int = 600  # rendered scenes of validation identities, for judges, annotators and autoencoder
+    generated: int = 200  # pictures drawn by the prior, single figures; half as many again for pairs
+    steps: int = 25  # sampling steps of the prior
+    guidance: float = 3.0
+    threads: int = 2
+    seed: int = 1
+
+
+# --- Identity ---------------------------------------------------------------------------------------------
+
+
+def figure_crop(scene: Scene, figure: int = 0) -> Image.Image:
+    """The rendered figure's box."""
+    picture = render(scene)
+    bounds = box(picture.mask, figure)
+    if bounds is None:
+        raise ValueError(f"figure {figure} of {scene} cannot be seen")
+    return Image.fromarray(picture.image).crop(bounds)
+
+
+def mutate(identity: Identity, rng: np.random.Generator) -> Identity:
+    """The same identity but for one attribute."""
+    while True:
+        name = IDENTITY_ATTRIBUTES[int(rng.integers(len(IDENTITY_ATTRIBUTES)))]
+        value = ATTRIBUTES[name][int(rng.integers(len(ATTRIBUTES[name])))]
+        if value == getattr(identity, name):
+            continue
+        try:
+            return replace(identity, **{name: value})
+        except ValueError:  # a beard on a woman
+            continue
+
+
+def _photo(identity: Identity, rng: np.random.Generator) -> Image.Image:
+    return figure_crop(sample_scene(rng, [identity], 1))
+
+
+def auc(positive: NDArray[Any], negative: NDArray[Any]) -> float:
+    """Probability that a positive scores above a negative (ties count half)."""
+    difference = positive[:, None] - negative[None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+
+
+def measure_identity(name: str, embedder: Embedder, seed: int, goals: bool) -> list[Row]:
+    """R@1 among the validation identities, and AUC against people who differ in one attribute."""
+    rng = np.random.default_rng(seed)
+    people = identities("validation")
+    gallery, probe = (embedder.embed([_photo(p, rng) for p in people]) for _ in range(2))
+    hits = (probe @ gallery.T).argmax(1) == np.arange(len(people))
+    others = embedder.embed([_photo(mutate(p, rng), rng) for p in people])
+    same, different = (probe * gallery).sum(1), (others * gallery).sum(1)
+    count = len(people)
+    return [
+        (name, "R@1", float(hits.mean()), 0.85 if goals else None, count),
+        (name, "AUC, one attribute apart", auc(same, different), 0.95 if goals else None, count),
+    ]
+
+
+# --- Attributes -------------------------------------------------------------------------------------------
+
+
+class AttributeJudge:
+    """The attribute classifier: figures from their boxes, the background from the whole picture."""
+
+    def __init__(self, folder: Path):
+        self.model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def _predict(self, pictures: NDArray[np.uint8]) -> dict[str, NDArray[np.int64]]:
+        parts = [
+            self.model(pixel_values=models.judge_pixels(pictures[i : i + 64])).logits
+            for i in range(0, len(pictures), 64)
+        ]
+        split = models.split_logits(torch.cat(parts))
+        return {name: logits.argmax(1).numpy() for name, logits in split.items()}
+
+    def __call__(
+        self, images: Sequence[NDArray[np.uint8]], boxes: Sequence[tuple[int, int, int, int]]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Class index [N] of every attribute, for one figure a picture."""
+        size = models.JUDGE_SIZE
+        figures = self._predict(np.stack([crop(i, b, size) for i, b in zip(images, boxes, strict=True)]))
+        whole = self._predict(np.stack([crop(i, (0, 0, i.shape[1], i.shape[0]), size) for i in images]))
+        return {n: (figures if n in FIGURE_ATTRIBUTES else whole)[n] for n in ATTRIBUTES}
+
+
+def _accuracy(found: dict[str, NDArray[Any]], true: Iterable[dict[str, int]]) -> dict[str, float]:
+    rows = list(true)
+    return {n: float(np.mean([f == r[n] for f, r in zip(found[n], rows, strict=True)])) for n in ATTRIBUTES}
+
+
+def _singles(data: corpus.Corpus) -> list[int]:
+    return [
+        i
+        for i, s in enumerate(data.scenes)
+        if len(s.identities) == 1 and s.prop is None and data.masks[i].any()
+    ]
+
+
+def measure_autoencoder(judge: AttributeJudge, pipeline: Any, data: corpus.Corpus) -> list[Row]:
+    """The classifier's accuracy on originals, and on reconstructions as a share of it."""
+    chosen = _singles(data)
+    images = [data.images[i] for i in chosen]
+    boxes = [box(data.masks[i], 0) or (0, 0, 64, 64) for i in chosen]
+    truth = [labels(data.scenes[i]) for i in chosen]
+    rebuilt = reconstruct(pipeline.vae, np.stack(images))
+    before, after = (_accuracy(judge(pictures, boxes), truth) for pictures in (images, list(rebuilt)))
+    names = [n for n in ATTRIBUTES if n != "prop"]
+    error = ((np.stack(images).astype(float) - rebuilt) / 255) ** 2
+    psnr = float(np.mean(-10 * np.log10(error.mean(axis=(1, 2, 3)))))
+    return [
+        *(("attributes", f"accuracy: {n}", before[n], None, len(chosen)) for n in names),
+        *(("autoencoder", f"kept: {n}", after[n] / before[n], 0.95, len(chosen)) for n in names),
+        ("autoencoder", "PSNR, dB", psnr, None, len(chosen)),
+    ]
+
+
+@torch.inference_mode()
+def reconstruct(vae: Any, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """uint8 [N, H, W, 3] → the same through the autoencoder."""
+    parts = []
+    for i in range(0, len(images), 64):
+        x = models.judge_pixels(images[i : i + 64])
+        y = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        parts.append(((y.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+# --- Annotators and the judge of prompts ------------------------------------------------------------------
+
+
+def measure_segmenter(finder: PersonFinder, data: corpus.Corpus) -> list[Row]:
+    """Mean IoU of every true figure with its best segment (0 where it was not found), and counts."""
+    found = finder([Image.fromarray(i) for i in data.images])
+    ious, counts = [], []
+    for scene, mask, persons in zip(data.scenes, data.masks, found, strict=True):
+        ids = np.zeros_like(mask)
+        for k, person in enumerate(persons.masks):
+            ids[person] = k + 1
+        table = overlaps(ids, mask, len(scene.identities))
+        ious += [float(row.max(initial=0.0)) for row in table]
+        counts.append(len(persons.masks) == len(scene.identities))
+    return [
+        ("segmenter", "IoU", float(np.mean(ious)), 0.9, len(ious)),
+        ("segmenter", "right number of people", float(np.mean(counts)), None, len(counts)),
+    ]
+
+
+def measure_captioner(captioner: Captioner, data: corpus.Corpus) -> list[Row]:
+    """How often what the captioner says of an attribute is right."""
+    cases: dict[str, list[float]] = {}
+    for i in range(0, len(data), 64):
+        texts = captioner([Image.fromarray(x) for x in data.images[i : i + 64]])
+        for text, scene in zip(texts, data.scenes[i : i + 64], strict=True):
+            caption_cases(text, scene, cases)
+    return [
+        (
+            "captioner",
+            name.removeprefix("caption."),
+            float(np.mean(v)),
+            0.9 if name.endswith("right") else None,
+            len(v),
+        )
+        for name, v in sorted(cases.items())
+    ]
+
+
+def measure_clip_judge(judge: ClipJudge, data: corpus.Corpus, seed: int) -> list[Row]:
+    """How often a picture is closer to its own prompt than to one with a single context attribute changed."""
+    rng = np.random.default_rng(seed)
+    rows: list[Row] = []
+    chosen = _singles(data)
+    features = judge.image_features([Image.fromarray(data.images[i]) for i in chosen])
+    for name in CONTEXT_ATTRIBUTES:
+        right, wrong = [], []
+        for i in chosen:
+            scene, key = data.scenes[i], int(rng.integers(2**31))
+            right.append(task_caption(scene, np.random.default_rng(key), PROMPT).text)
+            wrong.append(task_caption(_changed(scene, name, rng), np.random.default_rng(key), PROMPT).text)
+        a, b = ((features * judge.text_features(texts)).sum(1) for texts in (right, wrong))
+        rows.append(("clip_judge", f"prefers the right {name}", float((a > b).mean()), 0.9, len(chosen)))
+    return rows
+
+
+def _changed(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
+    """The scene with another value of one context attribute."""
+    context = scene.context
+    owner = context if hasattr(context, name) else context.appearances[0]
+    others = [v for v in ATTRIBUTES[name] if v != getattr(owner, name)]
+    changed: Any = replace(owner, **{name: others[int(rng.integers(len(others)))]})
+    if owner is not context:
+        changed = replace(context, appearances=(changed,))
+    return replace(scene, context=changed)
+
+
+# --- Prior ------------------------------------------------------------------------------------------------
+
+
+def draw(pipeline: Any, prompts: Sequence[str], settings: GatesConfig) -> NDArray[np.uint8]:
+    """uint8 [N, H, W, 3]; picture i from seed i."""
+    parts = []
+    for i in range(0, len(prompts), 32):
+        batch = list(prompts[i : i + 32])
+        generators = [
+            torch.Generator().manual_seed(settings.seed * 100_000 + i + k) for k in range(len(batch))
+        ]
+        out = pipeline(
+            batch,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            generator=generators,
+            output_type="np",
+        )
+        parts.append((out.images * 255).round().astype(np.uint8))
+    return np.concatenate(parts)
+
+
+def measure_prior(
+    pipeline: Any, judge: AttributeJudge, finder: PersonFinder, settings: GatesConfig
+) -> tuple[list[Row], NDArray[np.uint8]]:
+    """Whether named context attributes are drawn, and two people where two are named; and 64 samples."""
+    scenes = [
+        corpus.scene("validation", i, 77, pair_share=0.0, prop_share=0.0) for i in range(settings.generated)
+    ]
+    pairs = [
+        corpus.scene("validation", i, 78, pair_share=1.0, prop_share=0.0)
+        for i in range(settings.generated // 2)
+    ]
+    rng = np.random.default_rng(settings.seed)
+    texts, pair_texts = ([task_caption(s, rng, PROMPT).text for s in group] for group in (scenes, pairs))
+    images, pair_images = draw(pipeline, texts, settings), draw(pipeline, pair_texts, settings)
+    people = finder([Image.fromarray(i) for i in images])
+    boxes = [box(p.masks[0].astype(np.uint8), 0) if len(p.masks) else None for p in people]
+    found = judge(list(images), [b or (0, 0, 64, 64) for b in boxes])
+    right = _accuracy(found, (labels(s) for s in scenes))
+    two = [len(p.masks) == 2 for p in finder([Image.fromarray(i) for i in pair_images])]
+    rows: list[Row] = [
+        ("prior", f"drawn as named: {n}", right[n], 0.8, len(scenes)) for n in ("class", *CONTEXT_ATTRIBUTES)
+    ]
+    rows += [
+        (
+            "prior",
+            "one person where one is named",
+            float(np.mean([len(p.masks) == 1 for p in people])),
+            None,
+            len(people),
+        ),
+        ("prior", "two people where two are named", float(np.mean(two)), 0.9, len(pairs)),
+    ]
+    return rows, np.concatenate([images[:48], pair_images[:16]])
+
+
+def sheet(images: NDArray[np.uint8], columns: int = 8, zoom: int = 2) -> Image.Image:
+    """A contact sheet of equal pictures."""
+    rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
+    picture = Image.fromarray(np.concatenate(rows))
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+# --- All --------------------------------------------------------------------------------------------------
+
+
+def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples: Path) -> None:
+    """Measure every gate on the models in `weights`; write a CSV and a sheet of the prior's pictures."""
+    torch.set_num_threads(settings.threads)
+    data = corpus.load("validation", settings.images, settings.seed, cache)
+    judge = AttributeJudge(weights / "attributes")
+    finder = PersonFinder(SegmentConfig(model=ModelSource(id=str(weights / "segmenter"))))
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        weights / "prior", dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    rows = measure_identity(
+        "identity", AutoEmbedder(ModelSource(id=str(weights / "identity"))), settings.seed, True
+    )
+    rows += measure_identity("mean colours", ColorEmbedder(), settings.seed, False)
+    rows += measure_segmenter(finder, data)
+    rows += measure_captioner(
+        Captioner(CaptionConfig(model=ModelSource(id=str(weights / "captioner")))), data
+    )
+    rows += measure_clip_judge(ClipJudge(ModelSource(id=str(weights / "clip_judge"))), data, settings.seed)
+    rows += measure_autoencoder(judge, pipeline, data)
+    drawn, pictures = measure_prior(pipeline, judge, finder, settings)
+    sheet(pictures).save(samples)
+    write(rows + drawn, output)
+
+
+def write(rows: Sequence[Row], output: Path) -> None:
+    """The gates as CSV: gate, measure, value, goal, reached, count."""
+    partial = output.with_suffix(f".{os.getpid()}.tmp")
+    with partial.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["gate", "measure", "value", "goal", "reached", "count"])
+        for gate, measure, value, goal, count in rows:
+            reached = "" if goal is None else "yes" if value >= goal else "no"
+            writer.writerow([gate, measure, f"{value:.4f}", "" if goal is None else goal, reached, count])
+    os.replace(partial, output)
