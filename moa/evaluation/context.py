@@ -1,6 +1,7 @@
-"""Context kept while the subject is swapped: PSNR and SSIM outside both subjects, at the same seed and prompt.
+"""Context kept while the subject is swapped: PSNR and SSIM outside both subjects, same seed and prompt.
 
-Generated images have no true mask, so the segmenter's is taken: the union of the persons of both images, dilated.
+Generated images have no true mask, so the segmenter's is taken: the union of the persons of both images,
+dilated.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def ssim_map(one: Pixels, other: Pixels) -> NDArray[np.float64]:
 
 
 def kept(one: Pixels, other: Pixels, subjects: Mask) -> Kept | None:
-    """Compare two images outside `subjects` [H, W]; None if less than `LEAST_OUTSIDE` of the image is left."""
+    """Compare two images outside `subjects` [H, W]; None if less than `LEAST_OUTSIDE` of it is left."""
     outside = ~subjects
     if outside.mean() < LEAST_OUTSIDE:
         return None

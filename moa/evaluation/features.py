@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from moa.data.errors import DataError
-from moa.data.records import bounding_box, decode_mask, encode_mask, read_rows, sha256, write_rows
+from moa.data.records import decode_mask, encode_mask, read_rows, sha256, write_rows
 from moa.evaluation.identity import (
     ColorEmbedder,
     Detection,
@@ -26,9 +26,9 @@ from moa.evaluation.identity import (
     crop,
     load_detector,
     load_embedder,
-    tidy,
+    person_boxes,
 )
-from moa.evaluation.persons import PersonSegmenter, Segments
+from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
 from moa.methods import ModelSource
 
@@ -62,7 +62,7 @@ class ScoreConfig:
     identity: EmbedderConfig = field(default_factory=EmbedderConfig)  # IP
     detector: DetectorConfig = field(default_factory=DetectorConfig)  # IP
     segmenter_label: str = "person"
-    segmenter_threshold: float = 0.5  # least score of a segment
+    segmenter_threshold: float = 0.8  # least score of a segment
     batch_size: int = 32  # images through a judge at once
     device: Literal["cpu", "cuda"] = "cpu"
 
@@ -94,49 +94,45 @@ class Judges:
 
     def __init__(self, config: ScoreConfig):
         self.config = config
-        self.segmenter = PersonSegmenter(
-            config.segmenter.id,
-            config.segmenter.revision,
-            config.segmenter_label,
-            config.segmenter_threshold,
-            device=config.device,
-        )
-        same = config.detector.kind == "segmenter" and config.detector == DetectorConfig(
+        wanted = DetectorConfig(
             "segmenter",
             config.segmenter.id,
             config.segmenter.revision,
             config.segmenter_label,
             config.segmenter_threshold,
         )
-        self.detector: Detector | None = None if same else load_detector(config.detector, config.device)
+        self.persons = PersonFinder(wanted.segmenter(config.device), wanted.min_area)
+        shared = config.detector == wanted  # then the persons' boxes are the detections, found once
+        self.detector: Detector | None = None if shared else load_detector(config.detector, config.device)
         self.embedder: Embedder = load_embedder(config.identity, config.device)
         self.color = ColorEmbedder()
-        self.clip = ClipJudge(config.clip_judge.id, config.clip_judge.revision, config.device)
+        self.clip = ClipJudge(config.clip_judge, config.device)
 
     def look(self, images: Sequence[Image.Image]) -> list[Features]:
-        """The features of RGB images, in batches; the result does not depend on the batches but by rounding."""
+        """The features of RGB images, in batches, on which they depend by rounding only."""
         size = self.config.batch_size
         return [f for start in range(0, len(images), size) for f in self._batch(images[start : start + size])]
 
     def _batch(self, images: Sequence[Image.Image]) -> list[Features]:
-        segments = self.segmenter(images)
-        found = self.detector.detect(images) if self.detector else [_boxes(s, i) for s, i in zip(segments, images, strict=True)]
+        persons = self.persons(images)
+        if self.detector is None:
+            found = [person_boxes(p, image) for p, image in zip(persons, images, strict=True)]
+        else:
+            found = self.detector.detect(images)
         crops = [crop(image, box) for image, d in zip(images, found, strict=True) for box in d.boxes]
         counts = np.cumsum([len(d.boxes) for d in found])[:-1]
         identity = np.split(_in_batches(self.embedder.embed, crops, self.config.batch_size), counts)
         color = np.split(self.color.embed(crops), counts)
         clip = self.clip.image_features(images)
         return [
-            Features(image.size, found[n], identity[n], color[n], clip[n], segments[n].union)
+            Features(image.size, found[n], identity[n], color[n], clip[n], persons[n].union)
             for n, image in enumerate(images)
         ]
 
 
-def _boxes(segments: Segments, image: Image.Image) -> Detection:
-    return tidy(np.array([bounding_box(mask) for mask in segments.masks]), segments.scores, image.size)
-
-
-def _in_batches(embed: Callable[[Sequence[Image.Image]], Floats], crops: Sequence[Image.Image], size: int) -> Floats:
+def _in_batches(
+    embed: Callable[[Sequence[Image.Image]], Floats], crops: Sequence[Image.Image], size: int
+) -> Floats:
     parts = [embed(crops[start : start + size]) for start in range(0, max(len(crops), 1), size)]
     return np.concatenate(parts)
 
@@ -153,7 +149,9 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; delete its table and run the same command again") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path} is no readable image ({error}); delete it and run the same command again") from error
+        raise DataError(
+            f"{path} is no readable image ({error}); delete it and run the same command again"
+        ) from error
 
 
 def look_at_files(judges: Judges, root: Path, paths: Sequence[str]) -> dict[str, Features]:

@@ -1,8 +1,8 @@
 """Identity preservation (IP): how like its reference a generated face is.
 
 Faces are found, embedded and compared by cosine, as FastComposer's evaluation does. One subject: the largest
-face. Several: as many of the largest faces, matched greedily, and the worst match counts. A missing face and a
-negative cosine score 0. (FastComposer embeds a black crop for a missing face, which leaks a score above 0.)
+face. Several: as many of the largest faces, matched greedily, and the worst match counts. A missing face or a
+cosine below 0 scores 0. (FastComposer embeds a black crop for a missing face, which leaks a score above 0.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from moa.data.annotators import load
 from moa.data.records import bounding_box
-from moa.evaluation.persons import PersonSegmenter
+from moa.data.segment import SegmentConfig
+from moa.evaluation.persons import PersonFinder, Persons
+from moa.methods import ModelSource
 
 Floats = NDArray[np.float64]
 
@@ -63,8 +66,17 @@ class DetectorConfig:
     id: str | None = None  # segmenter: folder or hub name; mtcnn's weights come with facenet-pytorch
     revision: str | None = None
     label: str = "person"  # segmenter: the class that is wanted
-    threshold: float = 0.5  # segmenter: least score
+    threshold: float = 0.8  # segmenter: least score
     min_area: float = 0.01  # segmenter: least area, fraction of the image
+
+    def segmenter(self, device: str) -> SegmentConfig:
+        """The segmenter's settings. Raises ValueError naming the missing key."""
+        if self.id is None:
+            raise ValueError(
+                "models.detector: kind segmenter needs the key id, the segmenter's folder or hub name"
+            )
+        model = ModelSource(self.id, self.revision)
+        return SegmentConfig(model, label=self.label, threshold=self.threshold, device=device)
 
 
 @dataclass(frozen=True)
@@ -134,29 +146,28 @@ class MTCNNDetector:
         return [found[index] for index in range(len(images))]
 
 
-class SegmentDetector:
+def person_boxes(persons: Persons, image: Image.Image) -> Detection:
     """The boxes of a segmenter's persons."""
+    boxes = np.array([bounding_box(mask) for mask in persons.masks], dtype=float)
+    return tidy(boxes, persons.scores, image.size)
 
-    def __init__(self, segmenter: PersonSegmenter):
-        self.segmenter = segmenter
+
+class PersonDetector:
+    """A segmenter as a detector."""
+
+    def __init__(self, finder: PersonFinder):
+        self.finder = finder
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detection]:
         """Persons of RGB images."""
-        return [
-            tidy(np.array([bounding_box(mask) for mask in s.masks]), s.scores, image.size)
-            for image, s in zip(images, self.segmenter(images), strict=True)
-        ]
+        return [person_boxes(p, image) for p, image in zip(self.finder(images), images, strict=True)]
 
 
 def load_detector(config: DetectorConfig, device: str = "cpu") -> Detector:
     """The configured detector. Raises ValueError naming the missing key."""
     if config.kind == "mtcnn":
         return MTCNNDetector(device)
-    if config.id is None:
-        raise ValueError("detector: kind segmenter needs the key id, the segmenter's folder or hub name")
-    return SegmentDetector(
-        PersonSegmenter(config.id, config.revision, config.label, config.threshold, config.min_area, device)
-    )
+    return PersonDetector(PersonFinder(config.segmenter(device), config.min_area))
 
 
 # --- Embedders --------------------------------------------------------------------------------------------
@@ -169,13 +180,15 @@ def unit(vectors: NDArray) -> Floats:
 
 
 class ColorEmbedder:
-    """The mean colours of a 4 × 4 grid, less mid-grey: what a judge must beat to have seen more than colours."""
+    """The mean colours of a 4 × 4 grid, less mid-grey: a judge must beat it to have seen more."""
 
     def embed(self, crops: Sequence[Image.Image]) -> Floats:
         """[N, 48] for RGB crops."""
         if not crops:
             return np.zeros((0, 48))
-        cells = [np.asarray(c.convert("RGB").resize((4, 4), Image.Resampling.BOX), dtype=float) for c in crops]
+        cells = [
+            np.asarray(c.convert("RGB").resize((4, 4), Image.Resampling.BOX), dtype=float) for c in crops
+        ]
         return unit(np.stack(cells).reshape(len(crops), -1) / 127.5 - 1)
 
 
@@ -210,9 +223,10 @@ class FaceNetEmbedder:
 class AutoEmbedder:
     """Any transformers vision model whose pooled output tells identities apart."""
 
-    def __init__(self, id: str, revision: str | None = None, device: str = "cpu"):
-        self.processor = AutoImageProcessor.from_pretrained(id, revision=revision, backend="pil")
-        self.model = AutoModel.from_pretrained(id, revision=revision).to(device).eval()
+    def __init__(self, source: ModelSource, device: str = "cpu"):
+        """Load model and image processor. Raises DataError naming the key and the cure if that fails."""
+        self.processor = load(AutoImageProcessor, source, "identity", backend="pil")
+        self.model = load(AutoModel, source, "identity").to(device).eval()
         self.device = device
 
     @torch.inference_mode()
@@ -240,17 +254,19 @@ def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
     if config.kind == "color":
         return ColorEmbedder()
     if config.id is None:
-        raise ValueError(f"identity: kind {config.kind} needs the key id: a folder, a hub name or a weights file")
+        raise ValueError(
+            f"models.identity: kind {config.kind} needs the key id: a folder, a hub name or a weights file"
+        )
     if config.kind == "facenet":
         return FaceNetEmbedder(config.id, config.sha256, device)
-    return AutoEmbedder(config.id, config.revision, device)
+    return AutoEmbedder(ModelSource(config.id, config.revision), device)
 
 
 # --- The score --------------------------------------------------------------------------------------------
 
 
 def greedy_matches(similarity: Floats) -> list[tuple[int, int]]:
-    """(reference, face) pairs: the most similar first, then the most similar of the rest, until one side ends.
+    """(reference, face) pairs: the most similar first, then of the rest, until one side ends.
 
     Args:
         similarity: [references, faces]. On a tie the first in reading order wins.

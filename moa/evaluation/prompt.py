@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from moa.data.annotators import load
 from moa.evaluation.identity import unit
+from moa.methods import ModelSource
 
 Floats = NDArray[np.float64]
 
@@ -22,11 +24,11 @@ Floats = NDArray[np.float64]
 class ClipJudge:
     """A CLIP that shares no weights with the prior's text encoder or the subject encoder."""
 
-    def __init__(self, id: str, revision: str | None = None, device: str = "cpu"):
-        """Load model, tokenizer and image processor from a folder or hub name; OSError if there is none."""
-        self.tokenizer = AutoTokenizer.from_pretrained(id, revision=revision)
-        self.processor = AutoImageProcessor.from_pretrained(id, revision=revision, backend="pil")
-        self.model = CLIPModel.from_pretrained(id, revision=revision).to(device).eval()
+    def __init__(self, source: ModelSource, device: str = "cpu"):
+        """Load it. Raises DataError naming the key and the cure if that fails."""
+        self.tokenizer = load(AutoTokenizer, source, "clip_judge")
+        self.processor = load(AutoImageProcessor, source, "clip_judge", backend="pil")
+        self.model = load(CLIPModel, source, "clip_judge").to(device).eval()
         self.device = device
 
     @torch.inference_mode()
@@ -37,12 +39,14 @@ class ClipJudge:
 
     @torch.inference_mode()
     def text_features(self, prompts: Sequence[str]) -> Floats:
-        """Unit vectors [N, D] of prompts. Raises ValueError naming a prompt that the model cannot read whole."""
+        """Unit vectors [N, D] of prompts. Raises ValueError naming one that is too long for the model."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
         for prompt, mask in zip(prompts, tokens["attention_mask"], strict=True):
             if mask.sum() > limit:
-                raise ValueError(f"prompt has {mask.sum()} tokens, but the judge reads {limit}; shorten {prompt!r}")
+                raise ValueError(
+                    f"prompt has {mask.sum()} tokens, but the judge reads {limit}; shorten {prompt!r}"
+                )
         output = self.model.get_text_features(**tokens.to(self.device))
         return unit(output.pooler_output.cpu().numpy())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -68,7 +68,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Split:
-    """The subjects of a split and what is asked of them; a number stands for the first so many by id."""
+    """The subjects of a split and what is asked of them; a number, for so many, men and women in turn."""
 
     subjects: tuple[str, ...] | int
     kinds: Mapping[str, Kind]
@@ -78,14 +78,25 @@ class Split:
         ordered = {subject.id: subject for subject in sorted(available, key=lambda s: s.id)}
         if isinstance(self.subjects, int):
             if len(ordered) < self.subjects:
-                raise ValueError(f"the protocol asks for {self.subjects} subjects, but there are {len(ordered)}")
-            return list(ordered.values())[: self.subjects]
+                raise ValueError(
+                    f"the protocol asks for {self.subjects} subjects, but there are {len(ordered)}"
+                )
+            return spread(list(ordered.values()), self.subjects)
         missing = [name for name in self.subjects if name not in ordered]
         if missing:
             raise ValueError(
                 f"no photo of the protocol's subjects {', '.join(missing)}; make them, or change `subjects`"
             )
         return [ordered[name] for name in self.subjects]
+
+
+def spread(subjects: Sequence[Named], count: int) -> list[Named]:
+    """`count` subjects from all over a list, the class words in turn as long as there are both."""
+    groups = [[s for s in subjects if s.word == word] for word in sorted({s.word for s in subjects})]
+    turns = [s for turn in zip_longest(*groups) for s in turn if s is not None]
+    quotas = [sum(s.word == group[0].word for s in turns[:count]) for group in groups]
+    chosen = [[g[i * len(g) // n] for i in range(n)] for g, n in zip(groups, quotas, strict=True)]
+    return [s for turn in zip_longest(*chosen) for s in turn if s is not None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,9 @@ class EvaluationProtocol:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise ValueError(f"protocol {self.name}: no split {name!r}; choose one of {', '.join(self.splits)}")
+            raise ValueError(
+                f"protocol {self.name}: no split {name!r}; choose one of {', '.join(self.splits)}"
+            )
         return self.splits[name]
 
     def kind(self, split: str, name: str) -> Kind:
@@ -123,14 +136,18 @@ def load(path: str | Path) -> EvaluationProtocol:
     return EvaluationProtocol(str(data["name"]), splits)
 
 
-def _keys(path: str | Path, key: str, data: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+def _keys(
+    path: str | Path, key: str, data: Any, required: Sequence[str], optional: Sequence[str] = ()
+) -> None:
     if not isinstance(data, dict):
         raise ValueError(f"{path}: {key or 'the file'} must be a mapping, not {data!r}")
     unknown = sorted(set(data) - {*required, *optional}, key=str)
     missing = sorted(set(required) - set(data))
     if unknown or missing:
         prefix = f"{key}." if key else ""
-        names = [f"unknown key {prefix}{name}" for name in unknown] + [f"missing key {prefix}{n}" for n in missing]
+        names = [f"unknown key {prefix}{name}" for name in unknown] + [
+            f"missing key {prefix}{n}" for n in missing
+        ]
         raise ValueError(f"{path}: {'; '.join(names)}")
 
 
@@ -200,11 +217,15 @@ def subject_sets(subjects: Sequence[Named], kind: Kind) -> list[tuple[Named, ...
         return list(combinations(subjects, 2))
     n = len(subjects)
     if 2 * kind.pairs >= n:
-        raise ValueError(f"pairs: {kind.pairs} neighbours need at least {2 * kind.pairs + 1} subjects, not {n}")
+        raise ValueError(
+            f"pairs: {kind.pairs} neighbours need at least {2 * kind.pairs + 1} subjects, not {n}"
+        )
     return [(subjects[i], subjects[(i + k) % n]) for i in range(n) for k in range(1, kind.pairs + 1)]
 
 
-def requests(protocol: EvaluationProtocol, subjects: Sequence[Named], kind: str, split: str = "test") -> list[Row]:
+def requests(
+    protocol: EvaluationProtocol, subjects: Sequence[Named], kind: str, split: str = "test"
+) -> list[Row]:
     """Rows of the `REQUEST` schema: everything that a split of the protocol asks for under `kind`.
 
     Args:

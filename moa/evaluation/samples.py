@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ _MADE: dict[str, pa.DataType] = {
 _SAMPLE: dict[str, pa.DataType] = {
     **_MADE,
     "ip": pa.float64(),  # identity preservation, 0..1
-    "ip_color": pa.float64(),  # the same with mean colours instead of a network's features: a floor of a judge
+    "ip_color": pa.float64(),  # the same by mean colours instead of a network: what any judge must beat
     "pc": pa.float64(),  # prompt consistency, a cosine
     "found": pa.bool_(),  # as many faces (or persons) as the request has subjects
     "faces": pa.int32(),  # how many were found, wanted or not
-    "face_size": pa.float64(),  # smallest matched box, as a fraction of the image's area; 0 when one is missing
+    "face_size": pa.float64(),  # smallest matched box, fraction of the image's area; 0 if one is missing
 }
 
 
@@ -63,7 +64,15 @@ SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",))
 def sort_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """The order of rows in every file, so that shards finished in any order give the same bytes."""
     seed = -1 if row.get("train_seed") is None else row["train_seed"]
-    return (row.get("method", ""), row["split"], row["kind"], row["subject"], row["prompt_id"], row["index"], seed)
+    return (
+        row.get("method", ""),
+        row["split"],
+        row["kind"],
+        row["subject"],
+        row["prompt_id"],
+        row["index"],
+        seed,
+    )
 
 
 def write(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema = SAMPLE) -> None:
@@ -72,14 +81,14 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
     Raises DataError, naming the file, for rows that do not fit the schema or appear twice.
     """
     ordered = sorted(rows, key=sort_key)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if sort_key(one) == sort_key(other):
             raise DataError(f"{path}: two rows for {sort_key(one)}; give each part of the images once")
     write_rows(path, ordered, schema)
 
 
 def read(paths: str | Path | Sequence[str | Path], schema: pa.Schema = SAMPLE) -> list[Row]:
-    """All rows of one file or several. Raises DataError naming a missing, cut or foreign file, and the cure."""
+    """All rows of one file or several. DataError names a missing, cut or foreign file, and the cure."""
     return read_rows(paths, schema)
 
 

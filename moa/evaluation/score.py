@@ -1,4 +1,4 @@
-"""The `score` stage: image rows to scored rows. Models look at each image once; all the rest is arithmetic."""
+"""The `score` stage: image rows to scored rows. Models look at each image once; the rest is arithmetic."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from moa.data.errors import DataError
+from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
@@ -67,10 +68,14 @@ def score(
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True)) if prompts else {}
     features.write(features_out, seen)
-    samples.write(samples_out, [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows])
+    samples.write(
+        samples_out, [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows]
+    )
 
 
-def reference_features(judges: Judges, photos: Mapping[str, Image.Image], names: set[str]) -> dict[str, Features]:
+def reference_features(
+    judges: Judges, photos: Mapping[str, Image.Image], names: set[str]
+) -> dict[str, Features]:
     """Features of the wanted subjects' photos. Raises DataError for one that is missing or shows no face."""
     missing = sorted(names - set(photos))
     if missing:
@@ -126,15 +131,17 @@ def compare_swaps(
     rows, found = samples.read(made, SAMPLE), features.read(seen)
     kept = []
     for one, other in context.swaps(rows):
-        images = [np.asarray(features.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
+        pixels = [np.asarray(features.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
         union = found[one["path"]].persons | found[other["path"]].persons
         mask = context.dilate(union, dilation)
-        kept.append(_kept_row(one, other, context.kept(*images, mask), float(1 - mask.mean())))
+        kept.append(_kept_row(one, other, context.kept(pixels[0], pixels[1], mask), float(1 - mask.mean())))
     kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
-    samples.write_rows(output, kept, KEPT)
+    write_rows(output, kept, KEPT)
 
 
-def _kept_row(one: Mapping[str, Any], other: Mapping[str, Any], kept: context.Kept | None, outside: float) -> Row:
+def _kept_row(
+    one: Mapping[str, Any], other: Mapping[str, Any], kept: context.Kept | None, outside: float
+) -> Row:
     same = ("method", "train_seed", "split", "kind", "prompt_id", "index", "subject")
     return {
         **{name: one[name] for name in same},

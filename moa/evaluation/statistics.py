@@ -2,14 +2,14 @@
 
 Images of a subject resemble one another, and so do pairs that share a member. The variance of a plain mean is
 therefore summed over all pairs of images that share a subject ("dyadic cluster-robust", Aronow, Samii and
-Assenova 2015, https://doi.org/10.1093/pan/mpv018), which for single subjects is the usual cluster-robust variance:
+Assenova 2015, https://doi.org/10.1093/pan/mpv018); for single subjects this is the usual cluster-robust one:
 
     V = 1/N² Σ_{i,j sharing a subject} e_i e_j / (1 − s),    e = x − mean,
     s = the share of all N² pairs (i, j) that share a subject.
 
 1 − s undoes the shrinking of residuals by the estimated mean, exactly so when images are exchangeable; for G
-subjects with equally many images it is the familiar factor G/(G − 1). Intervals are mean ± t · √V, because
-15 clusters are few: a percentile bootstrap would cover about 91 %. The degrees of freedom are Satterthwaite's,
+subjects with equally many images it is the familiar factor G/(G − 1). Intervals are mean ± t · √V, as 15
+clusters are few: a percentile bootstrap would cover about 91 %. The degrees of freedom are Satterthwaite's,
 tr(Q)²/tr(Q²), for V = uᵀQu were images the sums of independent normal effects u of their subjects: G − 1 for
 balanced single subjects and for all pairs, fewer for sparse pairs.
 """
@@ -43,7 +43,7 @@ def sharing(members: Sequence[Sequence[str]]) -> tuple[NDArray[np.intp], Floats]
         members: the subjects of each of N images.
 
     Returns:
-        group [N], the index of each image's set of subjects; and incidence [D, G], whether a set holds a subject.
+        group [N], the index of each image's set of subjects; and incidence [D, G], who is in which set.
     """
     sets = [frozenset(m) for m in members]
     if not all(sets):
@@ -118,7 +118,9 @@ def difference(
     """
     if set(values) != set(reference):
         odd = sorted(set(values) ^ set(reference), key=str)
-        raise ValueError(f"cannot pair: {len(odd)} images are on one side only, such as {odd[0]}; make them all")
+        raise ValueError(
+            f"cannot pair: {len(odd)} images are on one side only, such as {odd[0]}; make them all"
+        )
     keys = sorted(values)
     return interval([values[k] - reference[k] for k in keys], [members[k] for k in keys])
 

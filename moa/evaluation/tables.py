@@ -1,0 +1,405 @@
+"""The `tables` stage: samples to CSV, Markdown and LaTeX. No image is opened and no model runs here.
+
+Quality tables hold nothing that changes from run to run (times and memory have a table of their own), so the
+same samples give the same bytes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moa.data.errors import DataError
+from moa.data.records import read_rows, write_atomically
+from moa.evaluation import samples
+from moa.evaluation.samples import Row
+from moa.evaluation.score import KEPT
+from moa.evaluation.statistics import Interval, difference, interval, ratio
+
+ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
+MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Named columns and their rows; None and NaN are empty cells."""
+
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()  # below the Markdown and LaTeX forms
+
+
+# --- Forms ------------------------------------------------------------------------------------------------
+
+
+def cell(value: Any) -> str:
+    """A value as text: four decimals for floats, nothing for None and NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def to_csv(table: Table) -> str:
+    """RFC 4180 but for line ends, which are those of Unix."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows([cell(row.get(name)) for name in table.columns] for row in table.rows)
+    return text.getvalue()
+
+
+def _pretty(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells for reading: three decimals, `x_low` and `x_high` folded into x as [low, high]."""
+    folded = [c for c in table.columns if {f"{c}_low", f"{c}_high"} <= set(table.columns)]
+    hidden = {f"{name}_{side}" for name in folded for side in ("low", "high")}
+    shown = [name for name in table.columns if name not in hidden]
+
+    def text(row: Mapping[str, Any], name: str) -> str:
+        value = row.get(name)
+        plain = f"{value:.3f}" if isinstance(value, float) and not math.isnan(value) else cell(value)
+        low, high = (row.get(f"{name}_{side}") if name in folded else None for side in ("low", "high"))
+        return plain if not cell(low) or not cell(high) else f"{plain} [{low:.3f}, {high:.3f}]"
+
+    return shown, [[text(row, name) for name in shown] for row in table.rows]
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table, intervals in brackets, notes below."""
+    names, rows = _pretty(table)
+    lines = [f"| {' | '.join(r)} |" for r in (names, ["---"] * len(names), *rows)]
+    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs tabular, intervals in brackets, notes as comments."""
+    names, rows = _pretty(table)
+    body = [" & ".join(map(_escape, r)) + r" \\" for r in rows]
+    head = " & ".join(map(_escape, names)) + r" \\"
+    layout = "l" * len(names)
+    lines = [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}", *(f"% {note}" for note in table.notes)]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)
+
+
+FORMS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
+
+
+def save(table: Table, path: str | Path) -> None:
+    """Write a table; the ending, .csv, .md or .tex, says in which form."""
+    path = Path(path)
+    text = FORMS[path.suffix](table)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+
+
+# --- From samples -----------------------------------------------------------------------------------------
+
+
+def by_method(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of each method, the methods in the order of the tables."""
+    names = sorted(
+        {row["method"] for row in rows}, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)
+    )
+    return {name: [row for row in rows if row["method"] == name] for name in names}
+
+
+def limits(name: str, value: Interval) -> dict[str, float]:
+    """An interval as the cells `name`, `name_low` and `name_high`."""
+    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+
+
+def mean_of(rows: Rows, metric: str) -> Interval:
+    """Mean over images of a column of samples, with its interval over subjects."""
+    return interval([row[metric] for row in rows], [row["subjects"] for row in rows])
+
+
+def quality(rows: Rows, published: Rows = ()) -> Table:
+    """The main table's columns, for samples of one kind, with published rows below the measured ones.
+
+    Raises DataError if there are no samples.
+    """
+    if not rows:
+        raise DataError("no samples of this split and kind: generate and score its images first")
+    table: list[dict[str, Any]] = []
+    for method, own in by_method(rows).items():
+        found = sum(row["found"] for row in own) / len(own)
+        scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
+        table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
+    notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
+    for row in published:
+        table.append({"method": row["method"], "source": "published", "ip": row["ip"], "pc": row["pc"]})
+    for reference in dict.fromkeys(row["reference"] for row in published):
+        names = ", ".join(row["method"] for row in published if row["reference"] == reference)
+        notes.append(f"Published rows {names}: {reference}, on photographs, with other judges.")
+    return Table(MAIN, table, tuple(notes))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["subject"], row["prompt_id"], row["index"]
+
+
+def _per_request(rows: Rows, metric: str) -> dict[tuple[Any, ...], float]:
+    """A metric by request, averaged over training seeds, so that methods can be paired."""
+    values: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        values.setdefault(_key(row), []).append(row[metric])
+    return {key: sum(v) / len(v) for key, v in values.items()}
+
+
+def differences(rows: Rows, kind: str, metrics: Sequence[str] = ("ip", "pc")) -> Table:
+    """Paired differences between all methods over the same requests: later method − earlier one."""
+    members = {_key(row): row["subjects"] for row in rows}
+    table = []
+    for metric in metrics:
+        values = {method: _per_request(own, metric) for method, own in by_method(rows).items()}
+        for reference, method in combinations(values, 2):
+            paired = difference(values[method], values[reference], members)
+            row = {
+                "kind": kind,
+                "metric": metric,
+                "method": method,
+                "minus": reference,
+                "images": len(members),
+            }
+            table.append(row | limits("difference", paired))
+    columns = (
+        "kind",
+        "metric",
+        "method",
+        "minus",
+        "images",
+        "difference",
+        "difference_low",
+        "difference_high",
+    )
+    return Table(columns, table)
+
+
+def progress(rows: Rows, kind: str) -> Table:
+    """How far IP gets from the prior (0) to the ceiling (1), with an interval; empty without these two."""
+    columns = ("kind", "method", "way", "way_low", "way_high")
+    values = {method: _per_request(own, "ip") for method, own in by_method(rows).items()}
+    if not {"prior", "ceiling"} <= set(values):
+        return Table(columns, [])
+    members = {_key(row): row["subjects"] for row in rows}
+    keys = sorted(values["prior"])
+    span = [values["ceiling"][k] - values["prior"][k] for k in keys]
+    table = []
+    for method, own in values.items():
+        if method not in ("prior", "ceiling"):
+            gained = [own[k] - values["prior"][k] for k in keys]
+            table.append(
+                {"kind": kind, "method": method}
+                | limits("way", ratio(gained, span, [members[k] for k in keys]))
+            )
+    return Table(columns, table)
+
+
+def details(rows: Rows, kind: str, group: str) -> Table:
+    """Scores of each method by a column of samples, such as prompt_group."""
+    table = []
+    for method, own in by_method(rows).items():
+        for value in sorted({row[group] for row in own}):
+            part = [row for row in own if row[group] == value]
+            scores = {
+                k: v
+                for m in ("ip", "ip_color", "pc", "face_size")
+                for k, v in limits(m, mean_of(part, m)).items()
+            }
+            found = sum(row["found"] for row in part) / len(part)
+            table.append(
+                {"kind": kind, "method": method, group: value, "images": len(part), **scores, "found": found}
+            )
+    bounds = [f"{m}{side}" for m in ("ip", "ip_color", "pc", "face_size") for side in ("", "_low", "_high")]
+    return Table(("kind", "method", group, "images", *bounds, "found"), table)
+
+
+def kept_context(rows: Rows) -> Table:
+    """PSNR and SSIM outside the subjects by method, and the paired differences between methods."""
+    table = []
+    groups = by_method([row for row in rows if row["psnr"] is not None])
+    left_out = {method: sum(row["psnr"] is None for row in own) for method, own in by_method(rows).items()}
+    for method, own in groups.items():
+        members = [row["members"] for row in own]
+        row = {"method": method, "minus": "", "pairs": len(own), "left_out": left_out[method]}
+        for metric in ("psnr", "ssim", "outside"):
+            row |= limits(metric, interval([r[metric] for r in own], members))
+        table.append(row)
+    for reference, method in combinations(groups, 2):
+        table.append(_context_difference(groups[method], groups[reference], method, reference))
+    bounds = [f"{m}{side}" for m in ("psnr", "ssim", "outside") for side in ("", "_low", "_high")]
+    return Table(("method", "minus", "pairs", "left_out", *limits), table, (
+        "PSNR in dB, SSIM and the fraction of pixels compared, outside the dilated subjects of both images.",
+    ))  # fmt: skip
+
+
+def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:
+    """Difference over the swaps that both methods have a value for."""
+
+    def keyed(rows: Rows, metric: str) -> dict[Any, float]:
+        values: dict[Any, list[float]] = {}
+        for r in rows:
+            values.setdefault((r["subject"], r["other"], r["prompt_id"], r["index"]), []).append(r[metric])
+        return {key: sum(v) / len(v) for key, v in values.items()}
+
+    members = {(r["subject"], r["other"], r["prompt_id"], r["index"]): r["members"] for r in own}
+    row: dict[str, Any] = {"method": method, "minus": minus}
+    for metric in ("psnr", "ssim", "outside"):
+        mine, theirs = keyed(own, metric), keyed(reference, metric)
+        both = sorted(set(mine) & set(theirs))
+        if not both:
+            continue
+        paired = interval([mine[k] - theirs[k] for k in both], [members[k] for k in both])
+        row |= {"pairs": len(both), **limits(metric, paired)}
+    return row
+
+
+# --- Costs ------------------------------------------------------------------------------------------------
+
+COST = (
+    "method",
+    "images",
+    "seconds_per_image",
+    "peak_mb",
+    "trained_parameters",
+    "train_seconds",
+    "train_peak_mb",
+)
+
+
+def cost(rows: Rows, training: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float]) -> Table:
+    """What methods cost on this machine.
+
+    Args:
+        rows: samples.
+        training: for methods with training, `training_cost`.
+        memory: peak resident memory of generation, MB, by method.
+    """
+    table = []
+    for method, own in by_method(rows).items():
+        spent = {"images": len(own), "seconds_per_image": sum(r["seconds"] for r in own) / len(own)}
+        table.append({"method": method, **spent, "peak_mb": memory.get(method), **training.get(method, {})})
+    return Table(COST, table)
+
+
+def training_cost(path: str | Path) -> dict[str, Any]:
+    """Cells of the cost table from a training's train.json. Raises DataError naming a broken one."""
+    try:
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            "trained_parameters": about["trained_parameters"],
+            "train_seconds": float(about["seconds"]),
+            "train_peak_mb": about["peak_memory_bytes"] / 2**20,
+        }
+    except (json.JSONDecodeError, KeyError) as error:
+        raise DataError(f"{path} is no train.json ({error}); train again") from error
+
+
+def peak_memory(path: str | Path) -> float:
+    """`max_rss`, MB, of a Snakemake benchmark file; NaN where the job was too short to be measured.
+
+    Raises DataError naming a file without that column.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        values = [row["max_rss"] for row in csv.DictReader(file, delimiter="\t") if "max_rss" in row]
+    if not values:
+        raise DataError(f"{path} is no Snakemake benchmark file: it lacks the column max_rss")
+    return max((float(value) for value in values if value not in ("-", "NA", "")), default=math.nan)
+
+
+def costs(
+    sample_files: Sequence[str | Path],
+    output: str | Path,
+    training: Sequence[str] = (),
+    memory: Sequence[str] = (),
+) -> None:
+    """Write cost.csv (or .md, .tex), apart from the quality tables because it differs from run to run.
+
+    Args:
+        sample_files: scored rows.
+        output: file to write.
+        training: method=path of each train.json.
+        memory: method=path of Snakemake benchmark files of generation; of several, the largest counts.
+    """
+    trained = {method: training_cost(path) for method, path in map(_named_path, training)}
+    peaks: dict[str, float] = {}
+    for method, path in map(_named_path, memory):
+        peaks[method] = max(peaks.get(method, 0.0), peak_memory(path))
+    save(cost(samples.read(sample_files), trained, peaks), output)
+
+
+def _named_path(argument: str) -> tuple[str, str]:
+    method, _, path = argument.partition("=")
+    if not method or not path:
+        raise ValueError(f"{argument!r} must be method=path")
+    return method, path
+
+
+# --- The stage --------------------------------------------------------------------------------------------
+
+
+def read_published(path: str | Path) -> list[Row]:
+    """Rows of config/published.yaml. Raises DataError naming the file and the key that is missing."""
+    rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    for row in rows:
+        missing = {"method", "ip", "pc", "reference"} - set(row)
+        if missing:
+            raise DataError(f"{path}: row {row} lacks {', '.join(sorted(missing))}")
+    return rows
+
+
+def joined(parts: Iterable[Table]) -> Table:
+    """Tables of the same columns, one below the other."""
+    tables = list(parts)
+    return Table(tables[0].columns, [row for table in tables for row in table.rows], tables[0].notes)
+
+
+def tables(
+    sample_files: Sequence[str | Path],
+    kept: str | Path,
+    published: str | Path,
+    output: str | Path,
+    split: str = "test",
+) -> None:
+    """Write the quality tables into folder `output`.
+
+    main.{csv,md,tex}, multi.{csv,md,tex}, context.{csv,md,tex}, differences.csv, progress.csv, groups.csv.
+
+    Args:
+        sample_files: scored rows.
+        kept: the parquet file of `moa.evaluation.score.compare_swaps`.
+        published: config/published.yaml.
+        split: which samples to use.
+
+    Raises:
+        DataError: no single-subject samples of that split, or a broken file.
+    """
+    rows = [row for row in samples.read(sample_files) if row["split"] == split]
+    kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("single", "multi")}
+    made = {"main": quality(kinds["single"], read_published(published))}
+    if kinds["multi"]:
+        made["multi"] = quality(kinds["multi"])
+    swaps = [row for row in read_rows(kept, KEPT) if row["split"] == split]
+    made["context"] = kept_context(swaps)
+    present = {kind: part for kind, part in kinds.items() if part}
+    for name, table in made.items():
+        for form in FORMS:
+            save(table, Path(output) / f"{name}{form}")
+    save(joined(differences(part, kind) for kind, part in present.items()), Path(output) / "differences.csv")
+    save(joined(progress(part, kind) for kind, part in present.items()), Path(output) / "progress.csv")
+    groups = (details(part, kind, "prompt_group") for kind, part in present.items())
+    save(joined(groups), Path(output) / "groups.csv")
