@@ -68,7 +68,7 @@ class Captioner:
     def _prefix(self, tokens: torch.Tensor) -> int:
         """How many leading tokens stand for the image: decoder-only models give them back."""
         image = getattr(self.model.config, "image_token_index", None)
-        return int((tokens[0] == image).sum()) if image is not None and len(tokens) else 0
+        return int((tokens[0] == image).cumprod(0).sum()) if image is not None and len(tokens) else 0
 
 
 def run(config: CaptionConfig, raw: str | Path, output: str | Path) -> None:

@@ -1,0 +1,226 @@
+"""From annotations to records: right person, right word, and an account of everything that was left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa.data import align
+from moa.data.align import AlignConfig, Aligner, ClipScorer, greedy_matches, match, no_scores, order_equals
+from moa.data.errors import REASONS, DataError
+from moa.data.phrases import person_phrases
+from moa.data.records import (
+    CAPTION,
+    RAW,
+    RECORD,
+    REJECTED,
+    SEGMENT,
+    decode_mask,
+    encode_image,
+    encode_mask,
+    read_rows,
+    sha256,
+    write_rows,
+)
+
+MODEL = {"model": "m", "revision": "r", "settings": "{}"}
+
+
+@pytest.fixture
+def config(tokenizer) -> AlignConfig:
+    return AlignConfig(tokenizer, tokenizer_subfolder="", max_rejected=1.0)
+
+
+def shard(folder, cases: list[tuple[str | None, list[tuple[int, int]]]], problem: str | None = None) -> list:
+    """Write a shard of 20 × 20 photos: each case is a caption and the columns (from, to) of the segments."""
+    raw, captions, segments = [], [], []
+    for number, (caption, columns) in enumerate(cases):
+        mask, name = np.zeros((20, 20), np.int32), f"p{number}"
+        for k, (start, stop) in enumerate(columns, start=1):
+            mask[:, start:stop] = k
+        found = [
+            {"segment_id": k, "label": "person", "score": 0.9, "bbox": [a, 0, b, 20], "area": 20 * (b - a)}
+            for k, (a, b) in enumerate(columns, start=1)
+        ]
+        image = encode_image(np.full((20, 20, 3), number, np.uint8))
+        size = {"sha256": sha256(image["bytes"]), "width": 20, "height": 20, "source": "test"}
+        raw.append({"id": name, "image": image, **size})
+        silent = None if caption else "empty_caption: the model said nothing"
+        captions.append({"id": name, "caption": caption, "problem": silent, **MODEL})
+        segments.append(
+            {"id": name, "mask": encode_mask(mask), "segments": found, "problem": problem, **MODEL}
+        )
+    paths = [folder / f"{kind}.parquet" for kind in ("raw", "captions", "segments", "records", "rejected")]
+    for path, rows, schema in zip(paths, (raw, captions, segments), (RAW, CAPTION, SEGMENT), strict=False):
+        write_rows(path, rows, schema)
+    return paths
+
+
+def outcome(config, folder, caption, columns, problem=None) -> str:
+    """The reason for which a single photo is rejected, or "kept"."""
+    paths = shard(folder, [(caption, columns)], problem)
+    align.run(config, "train", *paths)
+    rejected = read_rows(paths[4], REJECTED)
+    assert len(rejected) + len(read_rows(paths[3], RECORD)) == 1
+    return rejected[0]["reason"] if rejected else "kept"
+
+
+HALVES = [(0, 9), (11, 20)]
+
+
+@pytest.mark.parametrize(
+    ("caption", "columns", "reason"),
+    [
+        ("a man in a hat", [(2, 18)], "kept"),
+        ("a man and a woman", HALVES, "kept"),
+        ("two men", HALVES, "kept"),
+        (None, [(2, 18)], "empty_caption"),
+        ("a hat on a wall", [(2, 18)], "no_person_word"),
+        ("a group of people", HALVES, "plural"),
+        ("a man in a hat", [], "no_segment"),
+        ("a man in a hat", [(0, 1)], "too_small"),
+        ("a man in a hat", HALVES, "count_mismatch"),
+        ("a man and a woman", [(2, 18)], "count_mismatch"),
+        ("a man", [(i, i + 2) for i in range(0, 20, 4)], "too_many"),
+        ("a man " + "with a red hat and " * 30, [(2, 18)], "truncated"),
+    ],
+)
+def test_every_photo_is_kept_or_rejected_with_its_reason(config, tmp_path, caption, columns, reason):
+    assert outcome(replace(config, min_area=0.1), tmp_path, caption, columns) == reason
+    assert reason in {*REASONS, "kept"}
+
+
+def test_a_photo_that_could_not_be_read_is_rejected_as_such(config, tmp_path):
+    assert outcome(config, tmp_path, "a man", [(2, 18)], "broken_image: no image bytes") == "broken_image"
+
+
+def test_plurals_may_be_rejected_instead(config, tmp_path):
+    assert outcome(replace(config, plurals="reject"), tmp_path, "two men", HALVES) == "plural"
+
+
+def test_small_people_in_the_background_do_not_count(config, tmp_path):
+    assert outcome(replace(config, min_area=0.2), tmp_path, "a man", [(0, 15), (18, 19)]) == "kept"
+
+
+def test_records_are_true_to_their_inputs(config, rendered, annotated, tmp_path):
+    """With faultless annotators nothing is lost, and offsets, ids, boxes and images fit each other."""
+    paths = [
+        annotated.raw,
+        annotated.captions,
+        annotated.segments,
+        tmp_path / "r.parquet",
+        tmp_path / "x.parquet",
+    ]
+    align.run(replace(config, min_area=0.0), "train", *paths)
+    records, raw = read_rows(paths[3], RECORD), {row["id"]: row for row in read_rows(paths[0], RAW)}
+    assert len(records) == len(raw)
+    assert read_rows(paths[4], REJECTED) == []
+    for record in records:
+        mask, caption = decode_mask(record["mask"]), record["caption"]
+        assert record["image"] == raw[record["id"]]["image"]
+        assert mask.shape == (record["height"], record["width"])
+        assert set(np.unique(mask)) - {0} == {s["segment_id"] for s in record["segments"]}
+        for subject in record["segments"]:
+            word = caption[subject["end"] - len(subject["word"]) : subject["end"]]
+            assert word == subject["word"] in ("man", "woman", "person")
+            assert caption[subject["start"] : subject["end"]] == f"a {word}"
+
+
+def test_only_matched_people_stay_in_the_mask(config, tmp_path):
+    """The loss is masked: a bystander in the mask would be trained as part of the subject."""
+    paths = shard(tmp_path, [("a man", [(0, 15), (18, 19)])])
+    align.run(replace(config, min_area=0.2), "train", *paths)
+    assert set(np.unique(decode_mask(read_rows(paths[3], RECORD)[0]["mask"]))) == {0, 1}
+
+
+def test_a_rotten_shard_is_an_error_that_counts_the_reasons(config, tmp_path):
+    paths = shard(tmp_path, [("a hat", [(2, 18)]), ("a man", [(2, 18)]), ("a hat", [(2, 18)])])
+    with pytest.raises(DataError, match=r"2 of 3 photos were rejected .*no_person_word.*max_rejected 0\.5"):
+        align.run(replace(config, max_rejected=0.5), "train", *paths)
+    assert len(read_rows(paths[4], REJECTED)) == 2
+    assert not paths[3].exists()
+
+
+def test_annotations_of_other_photos_are_refused(config, tmp_path):
+    """A stale caption shard beside a new raw shard would put words to the wrong pictures."""
+    paths = shard(tmp_path, [("a man", [(2, 18)])])
+    rows = read_rows(paths[1], CAPTION)
+    write_rows(paths[1], [rows[0] | {"id": "other"}], CAPTION)
+    with pytest.raises(DataError, match=r"captions\.parquet is not about the photos"):
+        align.run(config, "train", *paths)
+
+
+# --- Matching ---------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_best_pair_first_and_nobody_twice():
+    assert greedy_matches(np.array([[0.9, 0.8], [0.95, 0.1]])) == [1, 0]
+    assert greedy_matches(np.array([[0.2, 0.1, 0.9]])) == [2]
+    with pytest.raises(DataError, match="one to one"):
+        greedy_matches(np.ones((2, 1)))
+
+
+def test_greedy_is_one_to_one_for_any_scores():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        phrases = int(rng.integers(1, 5))
+        scores = rng.integers(0, 3, (phrases, phrases + int(rng.integers(3)))).astype(float)
+        chosen = greedy_matches(scores)
+        assert len(set(chosen)) == phrases
+        best = np.argwhere(scores == scores.max())
+        assert any(chosen[i] == j for i, j in best), "the best pair must be taken"
+
+
+def test_equal_scores_go_from_left_to_right():
+    assert greedy_matches(np.ones((3, 3))) == [0, 1, 2]
+    assert order_equals([2, 0, 1], ["a man", "a man", "a woman"]) == [0, 2, 1]
+
+
+def people_and_segments():
+    caption = "a man in red and a woman in blue"
+    segments = [
+        {"segment_id": k, "label": "person", "score": 1.0, "bbox": [x, 0, x + 9, 20], "area": 180}
+        for k, x in ((1, 0), (2, 11))
+    ]
+    return caption, person_phrases(caption), segments
+
+
+def test_the_scorer_decides_between_different_words():
+    caption, people, segments = people_and_segments()
+
+    def crosswise(photo, texts, found):
+        return np.array([[0.1, 0.9], [0.8, 0.2]])
+
+    photo = Image.new("RGB", (20, 20))
+    assert [s["segment_id"] for s in match(photo, caption, people, segments, crosswise, True)] == [2, 1]
+    assert [s["segment_id"] for s in match(photo, caption, people, segments, no_scores, True)] == [1, 2]
+
+
+def test_clip_scores_are_cosines_of_crops_and_clauses(clip, tokenizer):
+    """Against CLIP's own logits: the same scores up to its temperature."""
+    caption, people, segments = people_and_segments()
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8))
+    scorer = ClipScorer(clip)
+    texts = ["a man in red", "a woman in blue"]
+    scores = scorer(photo, texts, segments)
+    crops = [photo.crop(s["bbox"]) for s in segments]
+    inputs = scorer.processor(text=texts, images=crops, return_tensors="pt", padding=True)
+    logits = scorer.model(**inputs).logits_per_text.detach().numpy() / np.exp(scorer.model.logit_scale.item())
+    np.testing.assert_allclose(2 * scores - 1, logits, atol=1e-5)
+    config = AlignConfig(tokenizer, "", matcher="clip", clip=clip)
+    chosen = match(photo, caption, people, segments, Aligner.load(config).scorer, True)
+    assert sorted(s["segment_id"] for s in chosen) == [1, 2]
+
+
+def test_the_clip_matcher_needs_a_model(tokenizer):
+    with pytest.raises(ValueError, match="needs the key `clip`"):
+        AlignConfig(tokenizer, matcher="clip")
+
+
+def test_a_missing_tokenizer_names_the_key(config, tmp_path):
+    paths = shard(tmp_path, [("a man", [(2, 18)])])
+    with pytest.raises(DataError, match=r"models\.prior.*cannot be loaded"):
+        align.run(replace(config, tokenizer_subfolder="nowhere"), "train", *paths)

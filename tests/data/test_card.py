@@ -1,0 +1,74 @@
+"""The data card must add up, and the contact sheet must show the right people."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa.data import align, card
+from moa.data.align import AlignConfig
+from moa.data.card import CardConfig
+from moa.data.errors import DataError
+from moa.data.records import RECORD, REJECTED, decode_mask, read_rows, write_rows
+
+
+@pytest.fixture
+def shards(annotated, tokenizer, tmp_path):
+    """A shard in which photos with small people were rejected."""
+    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    config = AlignConfig(tokenizer, "", min_area=0.25, max_rejected=1.0)
+    align.run(config, "train", annotated.raw, annotated.captions, annotated.segments, *paths)
+    assert read_rows(paths[1], REJECTED)
+    return paths
+
+
+def test_every_photo_is_in_the_account(shards, tmp_path):
+    card.run(
+        CardConfig(images=3), [shards[0]], [shards[1]], *(tmp_path / n for n in ("c.json", "c.md", "s.png"))
+    )
+    found = json.loads((tmp_path / "c.json").read_text())
+    records, rejected = read_rows(shards[0], RECORD), read_rows(shards[1], REJECTED)
+    subjects = [s for r in records for s in r["segments"]]
+    assert found["photos"] == found["records"] + found["rejected"] == 24
+    assert sum(found["reasons"].values()) == len(rejected)
+    assert sum(found["subject_words"].values()) == sum(found["subject_area"].values()) == len(subjects)
+    assert sum(found["caption_words"].values()) == sum(found["subjects_per_photo"].values()) == len(records)
+    assert found["splits"] == {"train": len(records)}
+    assert "count_mismatch: caption and segments disagree" in (tmp_path / "c.md").read_text()
+    assert Image.open(tmp_path / "s.png").size[0] == 3 * (2 * 160 + 8)
+
+
+def test_areas_are_shares_of_the_photo(shards):
+    record = read_rows(shards[0], RECORD)[0]
+    mask = decode_mask(record["mask"])
+    assert card.areas(record) == [(mask == s["segment_id"]).mean() for s in record["segments"]]
+
+
+def test_the_data_hash_sees_content_not_order(shards):
+    records = read_rows(shards[0], RECORD)
+    first = card.data_hash(records)
+    assert card.data_hash(records[::-1]) == first
+    records[0]["caption"] += "."
+    assert card.data_hash(records) != first
+
+
+def test_the_overlay_tints_each_subject_in_its_own_colour():
+    ids = np.array([[0, 7], [2, 2]])
+    tinted = np.asarray(card.overlay(Image.new("RGB", (2, 2), "white"), ids, [7, 2]))
+    assert (tinted[0, 0] == 255).all()
+    assert tinted[0, 1].argmax() == 0
+    assert tinted[1, 0].argmax() == 2
+    assert (tinted[1, 0] == tinted[1, 1]).all()
+
+
+def test_histograms_hold_their_edges():
+    assert card.histogram([0, 1, 5, 10], (0, 5, 10)) == {"0–5": 2, "5–10": 2}
+
+
+def test_no_record_at_all_is_an_error(tmp_path):
+    write_rows(tmp_path / "none.parquet", [], RECORD)
+    with pytest.raises(DataError, match="every photo was rejected"):
+        card.contact_sheet([], CardConfig())

@@ -1,0 +1,138 @@
+"""The measure of the annotators must be 1 for faultless ones and fall for each fault by what it costs."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from moa.data.errors import DataError
+from moa.data.records import RECORD, encode_mask, read_rows, write_rows
+from moa.miniature import annotation
+from moa.miniature.annotation import annotation_errors, read_facts, whom
+from moa.miniature.captions import Wording, task_caption
+from moa.miniature.dataset import RenderConfig, draw_scene
+from moa.miniature.render import render
+from moa.miniature.world import identities, sample_scene
+
+FULL = Wording(context=1.0, generic=0.0, prefix=0.0)
+
+
+def test_reading_a_task_caption_is_the_inverse_of_writing_it():
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        scene = sample_scene(rng, identities("train"), 1 + seed % 2, prop=seed % 3 == 0)
+        caption = task_caption(scene, rng)
+        figures, background = read_facts(caption.text)
+        assert figures == caption.facts["figures"], caption.text
+        assert background == caption.facts["scene"], caption.text
+
+
+def test_odd_captions_state_what_can_be_read():
+    assert read_facts("") == ([], {})
+    assert read_facts("a man a man hills blue") == ([{"class": "man"}, {"class": "man"}], {})
+
+
+def test_statements_are_laid_to_the_likeliest_figure():
+    true = [{"class": "man", "clothes_color": "red"}, {"class": "man", "clothes_color": "blue"}]
+    assert whom([{"clothes_color": "blue"}, {"clothes_color": "red"}], true) == (1, 0)
+    assert whom([{"class": "man"}, {"class": "man"}], true) == (0, 1)
+
+
+@pytest.fixture(scope="module")
+def faultless():
+    """Truth, captions, segments and records of 12 photos, as faultless annotators would make them."""
+    config = RenderConfig(pairs=0.5, props=0.3)
+    truth, captions, segments, records = [], [], [], []
+    for index in range(12):
+        scene, _ = draw_scene(config, "train", index)
+        caption, mask = (
+            task_caption(scene, np.random.default_rng(index), FULL),
+            encode_mask(render(scene).mask),
+        )
+        name, ids = str(index), range(1, len(scene.identities) + 1)
+        truth.append({"id": name, "scene": json.dumps(scene.to_dict()), "mask": mask})
+        captions.append({"id": name, "caption": caption.text})
+        segments.append({"id": name, "mask": mask, "segments": [{"segment_id": k} for k in ids]})
+        named = [{"segment_id": k} for k in ids]
+        records.append({"id": name, "caption": caption.text, "mask": mask, "segments": named})
+    return truth, captions, segments, records
+
+
+def values(*tables) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in annotation_errors(*tables)}
+
+
+def test_faultless_annotators_score_one_everywhere(faultless):
+    found = values(*faultless)
+    assert set(found.values()) == {1.0}
+    assert {"mask.iou", "alignment.right", "alignment.pairs.right", "caption.expression.right"} <= set(found)
+
+
+def test_exchanged_segments_are_wrong_alignments_only(faultless):
+    truth, captions, segments, records = faultless
+    crossed = [r | {"segments": r["segments"][::-1]} for r in records]
+    found = values(truth, captions, segments, crossed)
+    assert found["alignment.pairs.right"] == 0.0
+    assert 0 < found["alignment.right"] < 1
+    assert found["mask.iou"] == found["caption.all.right"] == 1.0
+
+
+def test_a_wrong_word_costs_its_own_attribute(faultless):
+    truth, captions, segments, records = faultless
+    colors = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
+    text = captions[0]["caption"]
+    said = read_facts(text)[0][0]["clothes_color"]
+    other = next(c for c in colors if c != said)
+    wrong = [{"id": "0", "caption": text.replace(f" {said} ", f" {other} ", 1)}, *captions[1:]]
+    found = values(truth, wrong, segments, records)
+    assert found["caption.clothes_color.right"] < 1
+    assert found["caption.clothes.right"] == found["caption.expression.right"] == 1.0
+
+
+def test_missed_people_count_as_no_overlap(faultless):
+    truth, captions, segments, _records = faultless
+    missed = [s | {"mask": None, "segments": []} for s in segments]
+    found = values(truth, captions, missed, [])
+    assert found["mask.iou"] == found["mask.found"] == found["records.kept"] == 0.0
+    assert "alignment.right" not in found
+
+
+def test_overlap_is_intersection_over_union():
+    true, found = np.zeros((4, 4), int), np.zeros((4, 4), int)
+    true[:2], found[1:3] = 1, 1
+    assert annotation.overlaps(found, true, 1).tolist() == [[pytest.approx(1 / 3)]]
+
+
+def test_shards_of_other_photos_are_refused(faultless):
+    truth, captions, segments, records = faultless
+    with pytest.raises(DataError, match="about other photos"):
+        annotation_errors(truth, captions[::-1], segments, records)
+
+
+def test_the_csv_has_one_row_a_metric(rendered_shard, tmp_path):
+    annotation.run(*rendered_shard, tmp_path / "errors.csv")
+    with (tmp_path / "errors.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["metric", "value", "count"]
+    assert float(next(r["value"] for r in rows if r["metric"] == "mask.iou")) == 1.0
+
+
+@pytest.fixture
+def rendered_shard(faultless, tmp_path):
+    """The same as files."""
+    from moa.data.records import CAPTION, SEGMENT, TRUTH
+
+    truth, captions, segments, _ = faultless
+    common = {"problem": None, "model": "m", "revision": "r", "settings": "{}"}
+    found = {"label": "person", "score": 1.0, "bbox": [0, 0, 1, 1], "area": 1}
+    paths = [tmp_path / f"{kind}.parquet" for kind in ("truth", "captions", "segments", "records")]
+    write_rows(paths[0], [t | {"caption": "", "labels": "[]"} for t in truth], TRUTH)
+    write_rows(paths[1], [c | common for c in captions], CAPTION)
+    people = [s | common | {"segments": [p | found for p in s["segments"]]} for s in segments]
+    write_rows(paths[2], people, SEGMENT)
+    write_rows(paths[3], [], RECORD)
+    assert read_rows(paths[3], RECORD) == []
+    return [[path] for path in paths]
