@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from moa.data.errors import DataError
-from moa.data.records import decode_mask, encode_mask, read_rows, sha256, write_rows
+from moa.data.records import decode_mask, encode_mask, read_rows, write_rows
+from moa.evaluation import samples
 from moa.evaluation.identity import (
     ColorEmbedder,
     Detection,
@@ -140,20 +140,6 @@ def _in_batches(
 # --- Files ------------------------------------------------------------------------------------------------
 
 
-def open_image(path: Path) -> tuple[Image.Image, str]:
-    """An RGB image and its file's SHA-256. Raises DataError naming a missing, empty or broken file."""
-    try:
-        data = path.read_bytes()
-        with Image.open(path) as image:
-            return image.convert("RGB"), sha256(data)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; delete its table and run the same command again") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(
-            f"{path} is no readable image ({error}); delete it and run the same command again"
-        ) from error
-
-
 def look_at_files(judges: Judges, root: Path, paths: Sequence[str]) -> dict[str, Features]:
     """Features of image files below `root`, by path, with a progress bar."""
     size = judges.config.batch_size
@@ -161,7 +147,7 @@ def look_at_files(judges: Judges, root: Path, paths: Sequence[str]) -> dict[str,
     with tqdm(total=len(paths), desc="look at images", unit="image") as bar:
         for start in range(0, len(paths), size):
             part = list(paths[start : start + size])
-            opened = [open_image(root / path) for path in part]
+            opened = [samples.open_image(root / path) for path in part]
             seen = judges.look([image for image, _ in opened])
             for path, (_, digest), features in zip(part, opened, seen, strict=True):
                 found[path] = Features(**{**vars(features), "sha256": digest})

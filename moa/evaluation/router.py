@@ -6,57 +6,30 @@ generated image, its mask dilated and averaged down to each layer's resolution.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from moa.attention import Recorder
 from moa.baselines.moa import MoA, make
 from moa.data.errors import DataError
-from moa.data.records import read_rows, write_atomically, write_rows
+from moa.data.records import write_rows
 from moa.data.segment import SegmentConfig
 from moa.evaluation import samples
 from moa.evaluation.context import dilate
+from moa.evaluation.maps import ROUTER, Maps, Mask, SavedMaps, save_maps
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.samples import REQUEST, Row
-from moa.evaluation.statistics import interval
-from moa.evaluation.tables import Table, limits, save
 from moa.methods import MethodConfig, ModelSource, Request, Sampling
 from moa.sampling import in_batches, run
-
-Maps = NDArray[np.float32]
-Mask = NDArray[np.bool_]
-
-ROUTER = pa.schema(
-    [
-        pa.field(name, kind, nullable=name in ("inside", "outside"))
-        for name, kind in {
-            "subject": pa.string(),
-            "subjects": pa.list_(pa.string()),
-            "kind": pa.string(),
-            "prompt_id": pa.string(),
-            "index": pa.int32(),
-            "layer": pa.string(),  # qualified name of the attention layer
-            "in_losses": pa.bool_(),  # belongs to the layers L of the losses
-            "timestep": pa.int32(),  # 999 is pure noise
-            "inside": pa.float64(),  # mean prior weight in the dilated subjects; null if nobody was found
-            "outside": pa.float64(),  # and beside them; null if nothing is beside them
-        }.items()
-    ],
-    metadata={"moa_schema": "router/1"},
-)
 
 
 @dataclass(frozen=True)
@@ -193,7 +166,7 @@ def record(
     rows = sorted(samples.read(requests, REQUEST), key=samples.sort_key)
     photos, moa, find = (
         samples.read_subjects(subjects),
-        MoARecorder(make(config.method(Path(trained)))),
+        MoARecorder(cast(MoA, make(config.method(Path(trained))))),
         config.persons(),
     )
     wanted = showcase(rows, config.kept)
@@ -214,7 +187,7 @@ def record(
             done += len(batch)
             bar.update(len(batch))
     write_rows(rows_out, measured, ROUTER)
-    save_maps(maps_out, [kept[index] for index in wanted])
+    save_maps(maps_out, collect([kept[index] for index in wanted]))
 
 
 def showcase(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
@@ -247,105 +220,16 @@ def measure(
     return measured
 
 
-# --- Saved maps -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SavedMaps:
-    """What the figure and the notebook read."""
-
-    images: NDArray[np.uint8]  # [N, H, W, 3]
-    masks: Mask  # [N, H, W], the segmenter's persons, not dilated
-    timesteps: list[int]  # noisiest first
-    maps: dict[str, Maps]  # layer, in the order of the U-Net: [N, steps, h, w]
-    rows: list[dict[str, Any]]  # subject, prompt, seed of each image
-
-
-def save_maps(path: str | Path, kept: Sequence[tuple[Row, Recording, int, Mask]]) -> None:
-    """Write maps as one safetensors file; half precision is plenty for weights in 0..1."""
+def collect(kept: Sequence[tuple[Row, Recording, int, Mask]]) -> SavedMaps:
+    """Maps of single images, given as (row, recording, place in the recording, mask), as one whole."""
     if not kept:
-        raise DataError(
-            f"{path}: no image to keep maps of; `kept` must be at least 1, and requests not empty"
-        )
-    layers = list(kept[0][1].maps)
-    tensors: dict[str, NDArray[Any]] = {
-        "images": np.stack([np.asarray(made.images[n].convert("RGB")) for _, made, n, _ in kept]),
-        "masks": np.stack([mask for *_, mask in kept]).astype(np.uint8),
-        "timesteps": np.array(kept[0][1].timesteps, dtype=np.int64),
-    }
-    for layer in layers:
-        tensors[f"maps/{layer}"] = np.stack([made.maps[layer][n] for _, made, n, _ in kept]).astype(
-            np.float16
-        )
+        raise DataError("no image to keep maps of: `kept` must be at least 1, and there must be requests")
     names = ("subject", "prompt", "prompt_id", "index", "seed")
-    rows = [{name: row[name] for name in names} for row, *_ in kept]
-    about = {"layers": json.dumps(layers), "rows": json.dumps(rows)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
-
-
-def load_maps(path: str | Path) -> SavedMaps:
-    """Read `save_maps`'s file. Raises DataError naming a missing or broken file and the cure."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} does not exist; run the workflow to make it, or correct the path")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = file.metadata()
-            layers = json.loads(about["layers"])
-            return SavedMaps(
-                images=file.get_tensor("images"),
-                masks=file.get_tensor("masks") > 0,
-                timesteps=file.get_tensor("timesteps").tolist(),
-                maps={layer: file.get_tensor(f"maps/{layer}").astype(np.float32) for layer in layers},
-                rows=json.loads(about["rows"]),
-            )
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is cut short or damaged ({error}); delete it and run again") from error
-
-
-# --- The table --------------------------------------------------------------------------------------------
-
-
-def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
-
-    An image counts with its mean over layers and timesteps; images without anybody, or with nothing but
-    subjects, are left out and counted.
-    """
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    parts = [("L", [row for row in rows if row["in_losses"]])]
-    parts += [(layer, [row for row in rows if row["layer"] == layer]) for layer in layers]
-    table = []
-    for name, part in parts:
-        images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in part:
-            images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
-        whole = [
-            own for own in images.values() if own[0]["inside"] is not None and own[0]["outside"] is not None
-        ]
-        counts = {"images": len(whole), "left_out": len(images) - len(whole)}
-        if not whole:
-            continue
-        members = [own[0]["subjects"] for own in whole]
-        sides = {
-            side: np.array([np.mean([row[side] for row in own]) for own in whole])
-            for side in ("outside", "inside")
-        }
-        sides["outside - inside"] = sides["outside"] - sides["inside"]
-        for region, values in sides.items():
-            weight = limits("prior_weight", interval(values, members))
-            table.append({"layers": name, "region": region, **counts, **weight})
-    columns = (
-        "layers",
-        "region",
-        "images",
-        "left_out",
-        "prior_weight",
-        "prior_weight_low",
-        "prior_weight_high",
+    first = kept[0][1]
+    return SavedMaps(
+        images=np.stack([np.asarray(made.images[n].convert("RGB")) for _, made, n, _ in kept]),
+        masks=np.stack([mask for *_, mask in kept]),
+        timesteps=first.timesteps,
+        maps={layer: np.stack([made.maps[layer][n] for _, made, n, _ in kept]) for layer in first.maps},
+        rows=[{name: row[name] for name in names} for row, *_ in kept],
     )
-    return Table(columns, table, ("L: the layers of the losses. Conditional half, all timesteps.",))
-
-
-def tabulate(rows: str | Path, output: str | Path) -> None:
-    """Write router.csv, or .md or .tex, from `ROUTER` rows."""
-    save(summary(read_rows(rows, ROUTER)), output)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
 
 from moa.data.errors import DataError
-from moa.data.records import SUBJECT, decode_image, read_rows, write_rows
+from moa.data.records import SUBJECT, decode_image, read_rows, sha256, write_rows
 from moa.methods import Request, Subject
 
 Row = dict[str, Any]
@@ -50,6 +51,21 @@ _SAMPLE: dict[str, pa.DataType] = {
     "face_size": pa.float64(),  # smallest matched box, fraction of the image's area; 0 if one is missing
 }
 
+_KEPT: dict[str, pa.DataType] = {
+    "method": pa.string(),
+    "train_seed": pa.int32(),
+    "split": pa.string(),
+    "kind": pa.string(),
+    "prompt_id": pa.string(),
+    "index": pa.int32(),
+    "subject": pa.string(),  # of the one image
+    "other": pa.string(),  # of the other
+    "members": pa.list_(pa.string()),  # everyone in either image
+    "psnr": pa.float64(),  # dB; null where the subjects leave too little to compare
+    "ssim": pa.float64(),
+    "outside": pa.float64(),  # fraction of the pixels that were compared
+}  # of two images that differ in their subjects only
+
 
 def _schema(name: str, columns: Mapping[str, pa.DataType], optional: Sequence[str] = ()) -> pa.Schema:
     fields = [pa.field(column, kind, nullable=column in optional) for column, kind in columns.items()]
@@ -59,6 +75,7 @@ def _schema(name: str, columns: Mapping[str, pa.DataType], optional: Sequence[st
 REQUEST = _schema("request", _REQUEST)
 MADE = _schema("made", _MADE, optional=("train_seed",))
 SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",))
+KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim"))
 
 
 def sort_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -115,3 +132,17 @@ def made(row: Mapping[str, Any], method: str, seconds: float, train_seed: int | 
     """The `MADE` row of a request that `method` has carried out; its image lies at the row's `path`."""
     path = f"images/{method}/{row['path']}"
     return {**row, "method": method, "path": path, "seconds": seconds, "train_seed": train_seed}
+
+
+def open_image(path: Path) -> tuple[Image.Image, str]:
+    """An RGB image and its file's SHA-256. Raises DataError naming a missing, empty or broken file."""
+    try:
+        data = path.read_bytes()
+        with Image.open(path) as image:
+            return image.convert("RGB"), sha256(data)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; delete its table and run the same command again") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(
+            f"{path} is no readable image ({error}); delete it and run the same command again"
+        ) from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
 from moa.data.errors import DataError
@@ -15,28 +14,7 @@ from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
-from moa.evaluation.samples import MADE, SAMPLE, Row
-
-KEPT = pa.schema(
-    [
-        pa.field(name, kind, nullable=name in ("train_seed", "psnr", "ssim"))
-        for name, kind in {
-            "method": pa.string(),
-            "train_seed": pa.int32(),
-            "split": pa.string(),
-            "kind": pa.string(),
-            "prompt_id": pa.string(),
-            "index": pa.int32(),
-            "subject": pa.string(),  # of the one image
-            "other": pa.string(),  # of the other
-            "members": pa.list_(pa.string()),  # everyone in either image
-            "psnr": pa.float64(),  # dB; null where the subjects leave too little to compare
-            "ssim": pa.float64(),
-            "outside": pa.float64(),  # fraction of the pixels that were compared
-        }.items()
-    ],
-    metadata={"moa_schema": "kept/1"},
-)
+from moa.evaluation.samples import KEPT, MADE, SAMPLE, Row
 
 
 def score(
@@ -131,7 +109,7 @@ def compare_swaps(
     rows, found = samples.read(made, SAMPLE), features.read(seen)
     kept = []
     for one, other in context.swaps(rows):
-        pixels = [np.asarray(features.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
+        pixels = [np.asarray(samples.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
         union = found[one["path"]].persons | found[other["path"]].persons
         mask = context.dilate(union, dilation)
         kept.append(_kept_row(one, other, context.kept(pixels[0], pixels[1], mask), float(1 - mask.mean())))

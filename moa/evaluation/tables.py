@@ -21,8 +21,7 @@ import yaml
 from moa.data.errors import DataError
 from moa.data.records import read_rows, write_atomically
 from moa.evaluation import samples
-from moa.evaluation.samples import Row
-from moa.evaluation.score import KEPT
+from moa.evaluation.samples import KEPT, Row
 from moa.evaluation.statistics import Interval, difference, interval, ratio
 
 ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
@@ -242,9 +241,10 @@ def kept_context(rows: Rows) -> Table:
     for reference, method in combinations(groups, 2):
         table.append(_context_difference(groups[method], groups[reference], method, reference))
     bounds = [f"{m}{side}" for m in ("psnr", "ssim", "outside") for side in ("", "_low", "_high")]
-    return Table(("method", "minus", "pairs", "left_out", *limits), table, (
-        "PSNR in dB, SSIM and the fraction of pixels compared, outside the dilated subjects of both images.",
-    ))  # fmt: skip
+    note = (
+        "PSNR in dB, SSIM, and the fraction of pixels compared, outside the dilated subjects of both images."
+    )
+    return Table(("method", "minus", "pairs", "left_out", *bounds), table, (note,))
 
 
 def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:

@@ -1,0 +1,137 @@
+"""What the router was seen to do: the table of it, and the saved maps that figure and notebook read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moa.data.errors import DataError
+from moa.data.records import read_rows, write_atomically
+from moa.evaluation.statistics import interval
+from moa.evaluation.tables import Table, limits, save
+
+Maps = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+ROUTER = pa.schema(
+    [
+        pa.field(name, kind, nullable=name in ("inside", "outside"))
+        for name, kind in {
+            "subject": pa.string(),
+            "subjects": pa.list_(pa.string()),
+            "kind": pa.string(),
+            "prompt_id": pa.string(),
+            "index": pa.int32(),
+            "layer": pa.string(),  # qualified name of the attention layer
+            "in_losses": pa.bool_(),  # belongs to the layers L of the losses
+            "timestep": pa.int32(),  # 999 is pure noise
+            "inside": pa.float64(),  # mean prior weight in the dilated subjects; null if nobody was found
+            "outside": pa.float64(),  # and beside them; null if nothing is beside them
+        }.items()
+    ],
+    metadata={"moa_schema": "router/1"},
+)
+
+
+# --- Saved maps -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SavedMaps:
+    """What the figure and the notebook read."""
+
+    images: NDArray[np.uint8]  # [N, H, W, 3]
+    masks: Mask  # [N, H, W], the segmenter's persons, not dilated
+    timesteps: list[int]  # noisiest first
+    maps: dict[str, Maps]  # layer, in the order of the U-Net: [N, steps, h, w]
+    rows: list[dict[str, Any]]  # subject, prompt, seed of each image
+
+
+def save_maps(path: str | Path, saved: SavedMaps) -> None:
+    """Write maps as one safetensors file; half precision is plenty for weights in 0..1."""
+    tensors: dict[str, NDArray[Any]] = {
+        "images": saved.images,
+        "masks": saved.masks.astype(np.uint8),
+        "timesteps": np.array(saved.timesteps, dtype=np.int64),
+    }
+    for layer, maps in saved.maps.items():
+        tensors[f"maps/{layer}"] = maps.astype(np.float16)
+    about = {"layers": json.dumps(list(saved.maps)), "rows": json.dumps(saved.rows)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+
+
+def load_maps(path: str | Path) -> SavedMaps:
+    """Read `save_maps`'s file. Raises DataError naming a missing or broken file and the cure."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist; run the workflow to make it, or correct the path")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata()
+            layers = json.loads(about["layers"])
+            return SavedMaps(
+                images=file.get_tensor("images"),
+                masks=file.get_tensor("masks") > 0,
+                timesteps=file.get_tensor("timesteps").tolist(),
+                maps={layer: file.get_tensor(f"maps/{layer}").astype(np.float32) for layer in layers},
+                rows=json.loads(about["rows"]),
+            )
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is cut short or damaged ({error}); delete it and run again") from error
+
+
+# --- The table --------------------------------------------------------------------------------------------
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
+
+    An image counts with its mean over layers and timesteps; images without anybody, or with nothing but
+    subjects, are left out and counted.
+    """
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    parts = [("L", [row for row in rows if row["in_losses"]])]
+    parts += [(layer, [row for row in rows if row["layer"] == layer]) for layer in layers]
+    table = []
+    for name, part in parts:
+        images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in part:
+            images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
+        whole = [
+            own for own in images.values() if own[0]["inside"] is not None and own[0]["outside"] is not None
+        ]
+        counts = {"images": len(whole), "left_out": len(images) - len(whole)}
+        if not whole:
+            continue
+        members = [own[0]["subjects"] for own in whole]
+        sides = {
+            side: np.array([np.mean([row[side] for row in own]) for own in whole])
+            for side in ("outside", "inside")
+        }
+        sides["outside - inside"] = sides["outside"] - sides["inside"]
+        for region, values in sides.items():
+            weight = limits("prior_weight", interval(values, members))
+            table.append({"layers": name, "region": region, **counts, **weight})
+    columns = (
+        "layers",
+        "region",
+        "images",
+        "left_out",
+        "prior_weight",
+        "prior_weight_low",
+        "prior_weight_high",
+    )
+    return Table(columns, table, ("L: the layers of the losses. Conditional half, all timesteps.",))
+
+
+def tabulate(rows: str | Path, output: str | Path) -> None:
+    """Write router.csv, or .md or .tex, from `ROUTER` rows."""
+    save(summary(read_rows(rows, ROUTER)), output)

@@ -1,0 +1,102 @@
+"""Training curves from log.csv, and scores with their intervals from the tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moa.data.errors import DataError
+from moa.figures.layout import plots, save_plot
+
+LOSSES = {
+    "loss_masked": "denoising, masked",
+    "loss_router": "router",
+    "loss_object": "object (localization)",
+}
+TITLES = {
+    "prior": "prior",
+    "moa": "MoA",
+    "moa_wrong_subject": "MoA, wrong\nsubject",
+    "fastcomposer": "FastComposer",
+    "ceiling": "ceiling",
+}
+COLORS = {
+    "prior": "#8c8c8c",
+    "moa": "#1f5fa8",
+    "moa_wrong_subject": "#9dbbdc",
+    "fastcomposer": "#d9822b",
+    "ceiling": "#3c8d5a",
+}
+
+
+def read_columns(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of a CSV of numbers; empty cells are NaN. Raises DataError naming file and missing column."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        missing = [name for name in needed if not rows or name not in rows[0]]
+        if missing:
+            raise DataError(f"{path} lacks the column {', '.join(missing)} or has no rows; make it again")
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    except (ValueError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path} is cut short or holds no number somewhere ({error}); make it again"
+        ) from error
+
+
+def training(logs: Sequence[str | Path], output: str | Path) -> None:
+    """Draw the losses of each training against its steps.
+
+    Args:
+        logs: log.csv files, each in a folder called like its method.
+        output: PNG file.
+    """
+    curves = {Path(path).parent.name: read_columns(path, ("step", "loss")) for path in logs}
+    plt = plots()
+    figure, axes = plt.subplots(1, len(LOSSES), figsize=(3.4 * len(LOSSES), 2.8), layout="constrained")
+    for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
+        for method, values in curves.items():
+            if name in values and np.isfinite(values[name]).any() and np.any(values[name] != 0):
+                label = TITLES.get(method, method).replace("\n", " ")
+                axis.plot(values["step"], values[name], label=label, color=COLORS.get(method), linewidth=1.4)
+        axis.set(title=title, xlabel="step")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    save_plot(figure, output)
+
+
+def scores(table: str | Path, output: str | Path) -> None:
+    """Draw IP and PC of a quality table's measured rows, with their 95 % intervals over subjects."""
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("source") == "measured"]
+    if not rows:
+        raise DataError(f"{table} has no measured rows; make it again")
+    plt = plots()
+    figure, axes = plt.subplots(1, 2, figsize=(2.2 + 1.25 * len(rows), 3), layout="constrained")
+    for axis, metric, title in zip(axes, ("ip", "pc"), ("identity (IP)", "prompt (PC)"), strict=True):
+        _bars(axis, rows, metric)
+        axis.set(title=title)
+        axis.grid(axis="x", visible=False)
+    figure.supxlabel("mean over images; 95 % intervals over subjects", fontsize=8)
+    save_plot(figure, output)
+
+
+def _bars(axis: object, rows: Sequence[Mapping[str, str]], metric: str) -> None:
+    """A bar with its interval for each row; a row without interval has none."""
+    values = [float(row[metric]) for row in rows]
+    low, high = ([float(row[f"{metric}_{side}"] or "nan") for row in rows] for side in ("low", "high"))
+    errors = [
+        [v - a for v, a in zip(values, low, strict=True)],
+        [b - v for v, b in zip(values, high, strict=True)],
+    ]
+    known = not any(math.isnan(e) for side in errors for e in side)
+    colors = [COLORS.get(row["method"], "#777777") for row in rows]
+    labels = [TITLES.get(row["method"], row["method"]) for row in rows]
+    axis.bar(range(len(rows)), values, color=colors, yerr=errors if known else None, capsize=3)  # type: ignore[attr-defined]
+    axis.set_xticks(range(len(rows)), labels, fontsize=7)  # type: ignore[attr-defined]

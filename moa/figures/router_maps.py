@@ -1,0 +1,77 @@
+"""Router maps by layer and timestep (the paper's Fig. 6): how much each pixel goes to the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moa.evaluation.maps import SavedMaps, load_maps
+from moa.figures.layout import plots, save_plot
+
+
+def pick(count: int, total: int) -> list[int]:
+    """At most `count` places spread from the first to the last of `total`."""
+    return sorted({round(x) for x in np.linspace(0, total - 1, min(count, total))})
+
+
+def short(layer: str) -> str:
+    """ "down_blocks.0.attentions.0.transformer_blocks.0.attn1" as "down 0.0 self"."""
+    parts = layer.split(".")
+    numbers = ".".join(part for part in parts[1:] if part.isdigit())
+    kind = {"attn1": "self", "attn2": "cross"}.get(parts[-1], parts[-1])
+    return f"{parts[0].removesuffix('_blocks').removesuffix('_block')} {numbers} {kind}"
+
+
+def draw(saved: SavedMaps, images: Sequence[int], steps: Sequence[int], layers: Sequence[str]) -> Any:
+    """A matplotlib figure: for each image a block of rows (layers) and columns (timesteps).
+
+    Blue pixels go to the prior, red ones to the personalization expert.
+    """
+    plt = plots()
+    high, wide = len(layers), len(steps) + 1
+    size = (0.85 * wide * len(images) + 1.2, 0.85 * high + 0.9)
+    figure = plt.figure(figsize=size, layout="constrained")
+    blocks = np.atleast_1d(figure.subfigures(1, len(images), wspace=0.03))
+    shown = None
+    for number, (block, image) in enumerate(zip(blocks, images, strict=True)):
+        block.suptitle(f"{saved.rows[image]['subject']}\n{saved.rows[image]['prompt']}", fontsize=8)
+        axes = block.subplots(high, wide, squeeze=False)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+        axes[0, 0].imshow(saved.images[image])
+        if high > 1:
+            axes[1, 0].imshow(saved.masks[image], cmap="gray", vmin=0, vmax=1)
+        for row, layer in enumerate(layers):
+            for column, step in enumerate(steps, start=1):
+                axis = axes[row, column]
+                shown = axis.imshow(saved.maps[layer][image, step], cmap="RdBu", vmin=0, vmax=1)
+                if row == 0:
+                    axis.set_title(f"t = {saved.timesteps[step]}", fontsize=7)
+            if number == 0:
+                axes[row, 1].set_ylabel(short(layer), fontsize=6)
+    bar = figure.colorbar(shown, ax=list(blocks[-1].get_axes()), fraction=0.04, shrink=min(1.0, 4 / high))
+    bar.set_label("prior weight", fontsize=8)
+    return figure
+
+
+def router_maps(
+    maps: str | Path, output: str | Path, images: int = 2, steps: int = 5, layers: int = 8
+) -> None:
+    """Draw saved router maps.
+
+    Args:
+        maps: file of `moa.evaluation.router.record`.
+        output: PNG file.
+        images, steps, layers: at most how many, spread over those that there are.
+    """
+    saved = load_maps(maps)
+    names = list(saved.maps)
+    chosen = [names[i] for i in pick(layers, len(names))]
+    shown = list(range(min(images, len(saved.images))))
+    save_plot(draw(saved, shown, pick(steps, len(saved.timesteps)), chosen), output)
