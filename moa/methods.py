@@ -73,13 +73,15 @@ class Sampling:
     negative_prompt: str = ""  # text of the unconditional half
     batch_size: int = 8  # images a pass; with guidance, twice as many go through the U-Net
     null_branch: Literal["expert", "prior"] = "expert"  # MoA: who paints the unconditional half
-    personalize_below: int | None = None  # MoA: router fixed to the prior at timesteps from here on; null = never
+    personalize_below: int = 1000  # MoA: router fixed to the prior at timesteps from here on; 1000 = never
     alpha: float = 0.5  # FastComposer: fraction of steps, at the end, that see the subject [FastComposer]
     precision: Literal["no", "fp16", "bf16"] = "no"  # "no" = 32-bit floats
 
     def __post_init__(self) -> None:
         if self.scheduler not in get_args(SchedulerName):
-            raise ValueError(f"scheduler {self.scheduler!r}: choose one of {', '.join(get_args(SchedulerName))}")
+            raise ValueError(
+                f"scheduler {self.scheduler!r}: choose one of {', '.join(get_args(SchedulerName))}"
+            )
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1")
         if not 0 <= self.alpha <= 1:
@@ -113,10 +115,12 @@ class MethodConfig:
     def trained_folder(self, method: str) -> Path:
         """The folder of trained weights; raises ValueError or FileNotFoundError that says what to do."""
         if self.trained is None:
-            raise ValueError(f"{method} needs trained weights: pass the folder that `python -m moa train` wrote")
+            raise ValueError(
+                f"{method} needs trained weights: pass the folder that `python -m moa train` wrote"
+            )
         if not (self.trained / "config.json").is_file():
             raise FileNotFoundError(
-                f"{self.trained / 'config.json'} is missing: train first with `python -m moa train {method}`, "
+                f"{self.trained / 'config.json'} is missing: train first (`python -m moa train-{method}`), "
                 "or point to the folder that holds it"
             )
         return self.trained
@@ -162,8 +166,8 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.
 def wrong_subjects(wanted: Sequence[Subject], pool: Sequence[Subject]) -> tuple[Subject, ...]:
     """For every wanted subject another one of the pool, of the same word, that the request does not want.
 
-    The choice is the next fitting subject in the order of ids, going round; so over a whole protocol of single
-    subjects it is a derangement. Keeping the word keeps the prompt true: only the identity is wrong.
+    The choice is the next fitting subject in the order of ids, going round; so over a whole protocol of
+    single subjects it is a derangement. Keeping the word keeps the prompt true: only the identity is wrong.
 
     Raises:
         ValueError: the pool has no other subject with that word.
@@ -174,7 +178,7 @@ def wrong_subjects(wanted: Sequence[Subject], pool: Sequence[Subject]) -> tuple[
         others = sorted((s for s in pool if s.word == subject.word and s.id not in taken), key=lambda s: s.id)
         if not others:
             raise ValueError(
-                f"no wrong subject for {subject.id!r}: the pool of {len(pool)} holds no further {subject.word!r}"
+                f"no wrong subject for {subject.id!r}: the pool of {len(pool)} has no other {subject.word!r}"
             )
         after = [s for s in others if s.id > subject.id]
         chosen.append((after or others)[0])

@@ -108,7 +108,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for name in ("weights", "average", "optimizer"):
         tensors: Mapping[str, torch.Tensor] = getattr(checkpoint, name)
         save_file(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, part / f"{name}.safetensors"
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            part / f"{name}.safetensors",
         )
     (part / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.state))
     replace_folder(part, target)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from moa.methods import ModelSource, Sampling
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run. Steps decide when it ends, so that the result does not depend on the clock."""
+    """Settings of one training run. Steps decide when it ends, so that results do not depend on the clock."""
 
-    method: Literal["moa", "fastcomposer"]
+    prior: ModelSource  # a StableDiffusionPipeline; frozen (FastComposer starts from its U-Net)
+    image_encoder: ModelSource  # a CLIPVisionModelWithProjection with its CLIPImageProcessor
     seed: int = 0  # of initial weights, order, noise, timesteps, drops, augmentation
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # images an optimizer step, over all processes and accumulated parts
@@ -22,16 +25,20 @@ class TrainConfig:
     lr_decay: Literal["none", "cosine"] = "none"  # after the warm-up, to 0 at the last step
     weight_decay: float = 1e-2  # [FastComposer]
     clip: float = 1.0  # largest norm of the gradient [FastComposer]
-    ema: float = 0.0  # decay of the running mean of the weights that is saved; 0 = save the weights themselves
+    ema: float = 0.0  # decay of the running mean of the weights that is saved; 0 = save the last weights
     precision: Literal["no", "fp16", "bf16"] = "no"  # Accelerate's mixed precision; "no" = 32-bit floats
     # Noise and conditions
     max_timestep: int = 800  # timesteps are uniform in [0, max_timestep) [paper]
     p_drop: float = 0.1  # probability that a sample loses text and subjects [paper]
-    keep_object: float = 1.0  # probability that a subject of a kept sample keeps its image [FastComposer: 0.9]
-    masked_probability: float = 1.0  # share of batches with the masked loss [paper: always; FastComposer: 0.5]
+    keep_object: float = 1.0  # probability that a subject of a kept sample keeps its image [FastComposer: .9]
+    masked_probability: float = 1.0  # share of batches with the masked loss [paper: all; FastComposer: .5]
     # Losses
     router_weight: float = 1e-4  # lambda_r of Eq. 11; not read by fastcomposer
     object_weight: float = 1e-4  # lambda_o of Eq. 11; FastComposer's localization weight is 1e-3
+    loss_layers: tuple[str, ...] | None = (
+        None  # L: names of attention layers or of what holds them; null = all
+    )
+    # but the highest-resolution level's [paper]
     # Subjects
     max_subjects: int = 4  # the largest segments of a picture [FastComposer]
     subject_background: Literal["noise", "keep"] = "noise"  # of subject crops [FastComposer: noise]
@@ -51,27 +58,28 @@ class TrainConfig:
     validate_every: int = 500  # steps between validation grids; 0 = none
     validation_subjects: int = 4  # rows of the grid
     validation_prompts: tuple[str, ...] = ()  # its columns, such as "a {word} on the beach"
+    validation_sampling: Sampling = field(default_factory=lambda: Sampling(steps=20))
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation", "max_subjects", "log_every", "checkpoint_every",
                     "checkpoints_kept", "max_timestep"):  # fmt: skip
             if getattr(self, key) < 1:
-                raise ValueError(f"train.{self.method}.{key} is {getattr(self, key)}, but must be at least 1")
+                raise ValueError(f"{key} is {getattr(self, key)}, but must be at least 1")
         for key in ("p_drop", "keep_object", "masked_probability"):
             if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"train.{self.method}.{key} is {getattr(self, key)}, but a probability is 0..1")
+                raise ValueError(f"{key} is {getattr(self, key)}, but a probability is 0..1")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"train.{self.method}.ema is {self.ema}, but a decay is 0 <= ema < 1")
+            raise ValueError(f"ema is {self.ema}, but a decay is 0 <= ema < 1")
         for prompt in self.validation_prompts:
             if "{word}" not in prompt:
-                raise ValueError(f"train.{self.method}.validation_prompts: {prompt!r} lacks the placeholder {{word}}")
+                raise ValueError(f"validation_prompts: {prompt!r} lacks the placeholder {{word}}")
 
     def part_size(self, processes: int) -> int:
         """Images in one backward pass of one process; raises ValueError unless the batch divides evenly."""
         parts = processes * self.accumulation
         if self.batch_size % parts:
             raise ValueError(
-                f"train.{self.method}.batch_size {self.batch_size} does not divide by {processes} processes "
+                f"batch_size {self.batch_size} does not divide by {processes} processes "
                 f"x {self.accumulation} accumulated parts"
             )
         return self.batch_size // parts
@@ -84,3 +92,7 @@ class TrainConfig:
             return self.lr
         progress = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# Settings that change how work is done, never what comes out; checkpoints are found again when they change.
+OPERATIONAL = frozenset({"workers", "checkpoint_every", "checkpoint_seconds", "checkpoints_kept"})

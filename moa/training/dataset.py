@@ -112,7 +112,7 @@ def square_ids(ids: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 class Records(Dataset[dict[str, Any]]):
-    """Records by global sample index. Images stay encoded in memory unless `config.cache` decodes them once."""
+    """Records by global sample index; images stay encoded in memory unless `config.cache` decodes them."""
 
     def __init__(
         self, paths: Sequence[str | Path], config: TrainConfig, sizes: Sizes, find_tokens: TokenFinder
@@ -126,7 +126,9 @@ class Records(Dataset[dict[str, Any]]):
         self.config, self.sizes, self.find_tokens = config, sizes, find_tokens
         self.rows = records.read_rows([Path(p) for p in paths], records.RECORD)
         if not self.rows:
-            raise DataError(f"no training records in {', '.join(map(str, paths))}; check data.* in the config")
+            raise DataError(
+                f"no training records in {', '.join(map(str, paths))}; check data.* in the config"
+            )
         self.crop = CropConfig(
             size=sizes.crop, subject_background=config.subject_background, flip=config.flip,
             rotate=config.rotate, zoom=config.zoom, brightness=config.brightness,
@@ -146,12 +148,18 @@ class Records(Dataset[dict[str, Any]]):
         ids = records.decode_mask(row["mask"])
         image = np.asarray(records.decode_image(row["image"]))
         if image.shape[:2] != ids.shape:
-            raise DataError(f"record {row['id']}: mask is {ids.shape}, image {image.shape[:2]}; make it again")
+            raise DataError(
+                f"record {row['id']}: mask is {ids.shape}, image {image.shape[:2]}; make it again"
+            )
         seen, areas = np.unique(square_ids(ids), return_counts=True)
         area = dict(zip(seen.tolist(), areas.tolist(), strict=True))
-        chosen = sorted(row["segments"], key=lambda s: -area.get(s["segment_id"], 0))[: self.config.max_subjects]
+        chosen = sorted(row["segments"], key=lambda s: -area.get(s["segment_id"], 0))[
+            : self.config.max_subjects
+        ]
         if not chosen:
-            raise DataError(f"record {row['id']} ({row['caption']!r}) has no subject; leave it out of the records")
+            raise DataError(
+                f"record {row['id']} ({row['caption']!r}) has no subject; leave it out of the records"
+            )
         for segment in chosen:
             if segment["segment_id"] not in area:
                 raise DataError(
@@ -211,8 +219,9 @@ class Records(Dataset[dict[str, Any]]):
         """What the autoencoder sees of a record: [3, H, W] in -1..1."""
         return _unit(square(self.example(number).image, self.sizes.image)) * 2 - 1
 
-    def parts(self, config: TrainConfig, first: int, processes: int, process: int) -> Iterator[list[int]]:
+    def parts(self, first: int, processes: int, process: int) -> Iterator[list[int]]:
         """Global sample indices of each backward pass of one process, from step `first` on."""
+        config = self.config
         size = config.part_size(processes)
         for step in range(first, config.steps):
             start = step * config.batch_size + process * config.accumulation * size
@@ -276,7 +285,7 @@ def batches(data: Records, first: int, processes: int, process: int) -> Iterator
     config = data.config
     loader = DataLoader(
         data,
-        batch_sampler=list(data.parts(config, first, processes, process)),
+        batch_sampler=list(data.parts(first, processes, process)),
         collate_fn=collate,
         num_workers=config.workers,
         generator=torch.Generator(),  # its own: the loader draws a seed that nothing here uses

@@ -1,0 +1,247 @@
+"""Images from requests, one PNG each, so that a killed run goes on where it was.
+
+Entry points:
+
+    run(config, method, requests, subjects, output, trained)     a shard of requests → images and their rows
+    generate_one(config, subject, prompt, out, …)                one image, for a person's own try
+
+Every PNG carries, as a text chunk, a key of all that it depends on. An image is kept if it is whole and its
+key is right; so neither a half-written file nor one of another adapter is ever taken for a result.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+from moa.conditioner import find_words
+from moa.data.errors import BrokenImage
+from moa.data.records import decode_image, sha256
+from moa.evaluation import samples
+from moa.hashing import code_hash
+from moa.methods import MethodConfig, ModelSource, Request, Sampling, Subject, build
+from moa.training.checkpoint import file_hash, folder_hash, key, write_atomically
+
+KEY = "moa-key"  # PNG text chunk: what the image depends on
+SECONDS = "moa-seconds"  # PNG text chunk: wall time of its batch, divided by the batch's size
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of the stage `generate`."""
+
+    prior: ModelSource  # a StableDiffusionPipeline
+    image_encoder: ModelSource  # a CLIPVisionModelWithProjection with its CLIPImageProcessor
+    sampling: Sampling = field(default_factory=Sampling)
+    device: str = "cpu"
+
+    def method(self, trained: Path | None, pool: Sequence[Subject]) -> MethodConfig:
+        """What a method's factory needs."""
+        return MethodConfig(
+            prior=self.prior,
+            image_encoder=self.image_encoder,
+            trained=trained,
+            sampling=self.sampling,
+            pool=tuple(pool),
+            device=self.device,
+        )
+
+
+def run(
+    config: GenerateConfig,
+    method: str,
+    requests: Sequence[Path],
+    subjects: Path,
+    output: Path,
+    root: Path,
+    trained: Path | None = None,
+) -> None:
+    """Carry out shards of requests with one method.
+
+    Args:
+        config: settings.
+        method: a name in `moa.methods.METHODS`.
+        requests: parquet files of the `REQUEST` schema.
+        subjects: parquet of the subjects that the requests name; the wrong subject is one of them.
+        output: parquet of the `MADE` schema to write, at the end.
+        root: results folder; images go to `root`/images/<method>/…, where `path` of a row points.
+        trained: folder of trained weights, for methods that have any.
+
+    Raises:
+        ValueError, FileNotFoundError: broken inputs or missing weights; the message says what to do.
+    """
+    people = samples.read_subjects(subjects)
+    rows = sorted(samples.read(list(requests), samples.REQUEST), key=samples.sort_key)
+    settings = config.method(trained, list(people.values()))
+    made = [samples.made(row, method, 0.0, seed_of(trained)) for row in rows]
+    jobs = [
+        Job(samples.to_request(row, people), root / one["path"]) for row, one in zip(rows, made, strict=True)
+    ]
+    seconds = make_images(method, settings, jobs)
+    samples.write(output, [row | {"seconds": s} for row, s in zip(made, seconds, strict=True)], samples.MADE)
+
+
+def generate_one(
+    config: GenerateConfig,
+    subject: Sequence[Path],
+    prompt: str,
+    out: Path,
+    word: Sequence[str] = (),
+    seed: int = 0,
+    method: str = "moa",
+    trained: Path = Path("results/miniature/train/moa"),
+) -> None:
+    """Make one image of one or more subjects, bound to words of the prompt.
+
+    Args:
+        config: settings.
+        subject: a photo each.
+        prompt: such as "a man in a red hoodie".
+        out: PNG to write.
+        word: what the prompt calls each subject; by default its first words among man, woman, person, ...
+        seed: of the starting noise.
+        method: a name in `moa.methods.METHODS`.
+        trained: folder of trained weights.
+
+    Raises:
+        ValueError, FileNotFoundError: a broken photo, a word that is not in the prompt, missing weights.
+    """
+    spans = find_words(prompt, word) if word else first_words(prompt, len(subject))
+    if len(spans) != len(subject):
+        raise ValueError(
+            f"{len(subject)} photos need as many words, not {len(spans)}: --word man --word woman"
+        )
+    people = [
+        Subject(path.stem, prompt[start:end], read_photo(path))
+        for path, (start, end) in zip(subject, spans, strict=True)
+    ]
+    needs = method not in ("prior", "ceiling")
+    maker = build(method, config.method(trained if needs else None, people))
+    image = maker.generate([Request(prompt, tuple(spans), tuple(people), seed)])[0]
+    write_atomically(out, encode(image, {}))
+
+
+# --- Words and photos -------------------------------------------------------------------------------------
+
+PERSON_WORDS = ("man", "woman", "person", "boy", "girl", "lady", "guy")
+
+
+def first_words(prompt: str, count: int) -> list[tuple[int, int]]:
+    """Where the first `count` words for people stand. Raises ValueError if there are fewer."""
+    found = [m.span() for m in re.finditer(rf"\b({'|'.join(PERSON_WORDS)})\b", prompt, re.IGNORECASE)]
+    if len(found) < count:
+        raise ValueError(
+            f"{prompt!r} names {len(found)} of {count} subjects as {', '.join(PERSON_WORDS)}: "
+            "say what it calls them with --word"
+        )
+    return found[:count]
+
+
+def read_photo(path: Path) -> Image.Image:
+    """A photo as RGB. Raises ValueError or FileNotFoundError naming the file."""
+    try:
+        return decode_image({"bytes": path.read_bytes()})
+    except BrokenImage as error:
+        raise ValueError(f"{path}: {error}; give another photo") from error
+
+
+# --- Images -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to make, and where to put it."""
+
+    request: Request
+    path: Path
+
+
+def make_images(name: str, config: MethodConfig, jobs: Sequence[Job]) -> list[float]:
+    """Make the images that are not there yet; returns the seconds that each took, now or when it was made.
+
+    Images are made in batches that follow from `jobs` alone, so that one made after a kill equals, to the
+    last bit, one made without: rounding follows the size of a batch.
+    """
+    base = base_key(name, config)
+    keys = [key(base=base, **describe(job.request)) for job in jobs]
+    seconds = {i: s for i, job in enumerate(jobs) if (s := finished(job.path, keys[i])) is not None}
+    size = config.sampling.batch_size
+    batches = [range(i, min(i + size, len(jobs))) for i in range(0, len(jobs), size)]
+    missing = [batch for batch in batches if any(i not in seconds for i in batch)]
+    method = build(name, config) if missing else None
+    for batch in tqdm(missing, desc=f"generate {name}", unit="batch", mininterval=5):
+        assert method is not None
+        started = time.monotonic()
+        images = method.generate([jobs[i].request for i in batch])
+        each = (time.monotonic() - started) / len(batch)
+        for i, image in zip(batch, images, strict=True):
+            write_atomically(jobs[i].path, encode(image, {KEY: keys[i], SECONDS: f"{each:.6f}"}))
+            seconds[i] = round(each, 6)
+    return [seconds[i] for i in range(len(jobs))]
+
+
+def base_key(name: str, config: MethodConfig) -> str:
+    """Hash of what all images of a method depend on: settings, weights, the pool of subjects, code."""
+    folders = [Path(source.id) for source in (config.prior, config.image_encoder)]
+    return key(
+        method=name,
+        sampling=asdict(config.sampling),
+        models=[folder_hash(f) if f.exists() else str(f) for f in folders],
+        revisions=[config.prior.revision, config.image_encoder.revision],
+        trained=trained_hash(config.trained),
+        pool=[[s.id, s.word] for s in config.pool],
+        code=code_hash("moa.generation", "moa.baselines.*", "moa.miniature.ceiling"),
+    )
+
+
+def trained_hash(folder: Path | None) -> str:
+    """Hash of trained weights and their config; the log beside them, with its times, does not count."""
+    if folder is None:
+        return ""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return key(files=[[f.name, file_hash(f)] for f in files if f.is_file()])
+
+
+def describe(request: Request) -> dict[str, Any]:
+    """What one image depends on, as JSON."""
+    return {
+        "prompt": request.prompt,
+        "spans": request.spans,
+        "seed": request.seed,
+        "subjects": [[s.id, s.word, sha256(s.image.tobytes())] for s in request.subjects],
+    }
+
+
+def encode(image: Image.Image, texts: Mapping[str, str]) -> bytes:
+    """PNG bytes of an image with text chunks."""
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    for name, text in texts.items():
+        info.add_text(name, text)
+    image.convert("RGB").save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def finished(path: Path, wanted: str) -> float | None:
+    """Seconds that the image at `path` took, or None if it is missing, broken or of another key."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            texts = image.info
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return float(texts[SECONDS]) if texts.get(KEY) == wanted else None
+
+
+def seed_of(trained: Path | None) -> int | None:
+    """The seed of a training, from the `train.json` beside its weights; None without training."""
+    path = trained / "train.json" if trained else None
+    return int(json.loads(path.read_text())["config"]["seed"]) if path and path.is_file() else None

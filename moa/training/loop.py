@@ -1,0 +1,333 @@
+"""The training loop, for any `Trainee`, through Accelerate: resumable, and equal on any number of processes.
+
+The folder of results appears whole, at the end. Until then everything lies in a checkpoint folder keyed by
+what the result depends on; the same command goes on from the newest checkpoint there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from moa.baselines.prior import Prior
+from moa.data import records as tables
+from moa.methods import ModelSource, Subject
+from moa.training import checkpoint
+from moa.training.checkpoint import Checkpoint
+from moa.training.config import OPERATIONAL, TrainConfig
+from moa.training.dataset import Records, batches, keyed_seed
+from moa.training.trainee import Trainee
+from moa.training.validation import ValidationGrid
+
+LOSSES = ("loss", "loss_masked", "loss_router", "loss_object")
+LOG_COLUMNS = ("step", *LOSSES, "lr", "grad_norm", "seconds")
+
+
+@dataclass
+class Progress:
+    """How far a run is; JSON-able, and part of every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # of training, over all its parts
+    rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
+    sums: dict[str, float] = field(default_factory=dict)  # since the last row
+    count: int = 0  # steps in `sums`
+
+
+def run_key(config: TrainConfig, kind: str, records: Sequence[Path], code: str) -> str:
+    """Names the checkpoint folder: settings, records, models, code."""
+    settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
+    models = [_fingerprint(config.prior), _fingerprint(config.image_encoder)]
+    data = [checkpoint.file_hash(Path(path)) for path in records]
+    return checkpoint.key(settings=settings, kind=kind, records=data, models=models, code=code)
+
+
+def _fingerprint(source: ModelSource) -> str:
+    folder = Path(source.id)
+    return checkpoint.folder_hash(folder) if folder.exists() else f"{source.id}@{source.revision}"
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate's state for this process: devices and mixed precision; accumulation is the loop's own."""
+    return Accelerator(
+        mixed_precision=config.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+class Trainer:
+    """One run: a trainee, its data, its optimizer and how far it is."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        data: Records,
+        folder: Path,
+        accelerator: Accelerator,
+        grid: ValidationGrid | None,
+    ) -> None:
+        self.trainee, self.data, self.folder, self.accelerator = trainee, data, folder, accelerator
+        self.config, self.grid = trainee.config, grid
+        self.parameters = trainee.trained()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
+        )
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if self.config.ema else {}
+        self.progress = Progress()
+        self.saved_at = time.monotonic()
+
+    # --- Checkpoints ---
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        found = checkpoint.latest(self.folder)
+        if found is None:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found.weights[name])
+        for name, value in self.average.items():
+            value.copy_(found.average[name])
+        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+        self.progress = Progress(step=found.step, **found.state["progress"])
+        if found.state.get("scaler") and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(found.state["scaler"])
+
+    def save(self) -> None:
+        """Write a checkpoint; on the main process only."""
+        if not self.accelerator.is_main_process:
+            return
+        progress = {k: v for k, v in asdict(self.progress).items() if k != "step"}
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        checkpoint.save(
+            self.folder,
+            Checkpoint(
+                step=self.progress.step,
+                weights=dict(self.parameters),
+                average=self.average,
+                optimizer=checkpoint.optimizer_tensors(self.optimizer),
+                state={"progress": progress, "scaler": scaler},
+            ),
+            self.config.checkpoints_kept,
+        )
+        self.saved_at = time.monotonic()
+
+    # --- Steps ---
+
+    def train(self) -> None:
+        """Run until `config.steps`."""
+        self.resume()
+        model, optimizer = self.accelerator.prepare(self.trainee, self.optimizer)
+        first, config = self.progress.step, self.config
+        parts = batches(self.data, first, self.accelerator.num_processes, self.accelerator.process_index)
+        bar = tqdm(
+            total=config.steps, initial=first, desc=f"train {self.trainee.name}", unit="step",
+            disable=not self.accelerator.is_local_main_process, mininterval=5,
+        )  # fmt: skip
+        with bar:
+            for _ in range(first, config.steps):
+                started = time.monotonic()
+                values = self._step(model, optimizer, parts)
+                self.progress.seconds += time.monotonic() - started
+                self._account(values)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                bar.update()
+                self._milestones()
+
+    def _step(self, model: torch.nn.Module, optimizer: Any, parts: Iterator[Any]) -> dict[str, float]:
+        """One optimizer step; returns its losses over all processes, and the gradient's norm."""
+        config, sums = self.config, torch.zeros(len(LOSSES))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(self.progress.step)
+        for part in range(config.accumulation):
+            batch = next(parts).to(self.accelerator.device)
+            last = part == config.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses = model(batch)
+                self.accelerator.backward(losses["loss"] / config.accumulation)
+            sums += torch.stack([losses[k].detach().float().cpu() for k in LOSSES]) / config.accumulation
+        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        self._average()
+        means = self.accelerator.reduce(sums.to(self.accelerator.device), "mean").tolist()
+        values = dict(zip(LOSSES, means, strict=True)) | {"grad_norm": float(norm)}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {self.progress.step}: lower `lr` or change `precision`"
+            )
+        return values
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.average:
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self.parameters.values()), 1 - self.config.ema
+            )
+
+    def _account(self, values: Mapping[str, float]) -> None:
+        """Count a step, and add a row to the log when one is due."""
+        progress, config = self.progress, self.config
+        progress.sums = {k: progress.sums.get(k, 0.0) + v for k, v in values.items()}
+        progress.count += 1
+        progress.step += 1
+        if progress.step % config.log_every == 0 or progress.step == config.steps:
+            means = {k: v / progress.count for k, v in progress.sums.items()}
+            row = {"step": progress.step, "lr": config.learning_rate(progress.step - 1), **means}
+            progress.rows.append(row | {"seconds": round(progress.seconds, 3)})
+            progress.sums, progress.count = {}, 0
+
+    def _milestones(self) -> None:
+        step, config = self.progress.step, self.config
+        due = (
+            step % config.checkpoint_every == 0
+            or time.monotonic() - self.saved_at > config.checkpoint_seconds
+        )
+        if due or step == config.steps:
+            self.save()
+        if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
+            self.validate()
+
+    # --- Results ---
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the `with` block the trainee holds the weights to save: running means, if there are any."""
+        kept = {n: p.detach().clone() for n, p in self.parameters.items()} if self.average else {}
+        try:
+            _assign(self.parameters, self.average)
+            yield
+        finally:
+            _assign(self.parameters, kept)
+
+    def validate(self) -> None:
+        """Draw the validation grid of this step, unless it is there already."""
+        path = self.folder / "grids" / f"step-{self.progress.step:06d}.png"
+        if self.grid is None or not self.accelerator.is_main_process or path.exists():
+            return
+        with self.averaged():
+            image = self.grid.draw(self.trainee.method(self.config.validation_sampling))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        image.save(part, format="PNG")
+        part.replace(path)
+
+    def finish(self, output: Path) -> None:
+        """Put weights, log, settings and grids into `output`, which appears at once; drop the checkpoints."""
+        part = output.with_name(f".{output.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with self.averaged():
+            self.trainee.save(part)
+        write_log(part / "log.csv", self.progress.rows)
+        about = {
+            "method": self.trainee.name,
+            "config": asdict(self.config),
+            "trained_parameters": sum(p.numel() for p in self.parameters.values()),
+            "seconds": round(self.progress.seconds, 3),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "processes": self.accelerator.num_processes,
+        }
+        (part / "train.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+        for grid in sorted((self.folder / "grids").glob("*.png")):
+            shutil.copy(grid, part / grid.name)
+        checkpoint.replace_folder(part, output)
+
+
+@torch.no_grad()
+def _assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def write_log(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """log.csv: nine significant digits, which a 32-bit float needs."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(LOG_COLUMNS)
+        writer.writerows([f"{row[c]:.9g}" for c in LOG_COLUMNS] for row in rows)
+
+
+def run(
+    config: TrainConfig,
+    trainee: Callable[[TrainConfig, str], Trainee],
+    name: str,
+    records: Sequence[Path],
+    subjects: Sequence[Subject],
+    output: Path,
+    checkpoints: Path | None = None,
+    code: str = "",
+) -> None:
+    """Train from records to a folder of results.
+
+    Args:
+        config: settings.
+        trainee: what to train; made from the config and a device, its chance following `config.seed`.
+        name: of what is trained.
+        records: shards of training records.
+        subjects: for the validation grid.
+        output: folder to make; replaced when it is there.
+        checkpoints: folder of checkpoint folders; by default `.checkpoints` beside `output`'s parent.
+        code: hash of the code; another code does not go on from this one's checkpoints.
+
+    Raises:
+        RuntimeError: another process trains the same.
+        ValueError, FileNotFoundError: broken records, models or settings; the message says what to do.
+    """
+    accelerator = make_accelerator(config)
+    config.part_size(accelerator.num_processes)
+    root = checkpoints or output.parent.parent / ".checkpoints"
+    folder = root / f"{output.name}-{run_key(config, name, records, code)}"
+    with checkpoint.locked(folder) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        trainer = build(config, trainee, records, folder, accelerator, subjects)
+        trainer.train()
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            trainer.finish(output)
+            shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def build(
+    config: TrainConfig,
+    kind: Callable[[TrainConfig, str], Trainee],
+    records: Sequence[Path],
+    folder: Path,
+    accelerator: Accelerator,
+    subjects: Sequence[Subject],
+) -> Trainer:
+    """Everything of a run, ready to train."""
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed_seed(config.seed, "initial weights"))
+        trainee = kind(config, str(accelerator.device))
+    data = Records(records, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens)
+    if config.cache:
+        trainee.prior.fill(data)
+    grid = None
+    if config.validate_every and config.validation_prompts and subjects and accelerator.is_main_process:
+        grid = ValidationGrid(subjects[: config.validation_subjects], config.validation_prompts, config.seed)
+        grid.prepare(Prior(trainee.prior.pipe, config.validation_sampling))
+    return Trainer(trainee, data, folder, accelerator, grid)
+
+
+def read_subjects(path: Path) -> list[Subject]:
+    """Subjects of a parquet file in the order of their ids. Raises DataError naming a broken file."""
+    rows = sorted(tables.read_rows(path, tables.SUBJECT), key=lambda row: row["id"])
+    return [Subject(row["id"], row["word"], tables.decode_image(row["image"])) for row in rows]
