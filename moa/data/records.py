@@ -136,6 +136,14 @@ TRUTH = _schema(
 )
 
 
+def optional_columns(schema: pa.Schema) -> set[str]:
+    """The columns that may be empty: as the metadata says or, without it, the nullable ones."""
+    listed = (schema.metadata or {}).get(b"moa_optional")
+    if listed is None:
+        return {field.name for field in schema if field.nullable}
+    return set(json.loads(listed))
+
+
 # --- Files ------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +170,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.S
         if set(row) != set(schema.names):
             wrong = ", ".join(sorted(set(row) ^ set(schema.names)))
             raise DataError(f"{path}: row {row.get('id')!r} must have the schema's columns; check {wrong}")
-    optional = json.loads((schema.metadata or {}).get(b"moa_optional", b"[]"))
+    optional = optional_columns(schema)
     columns = [
         _column(path, [row[field.name] for row in listed], field, field.name in optional) for field in schema
     ]

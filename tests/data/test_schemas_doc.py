@@ -1,0 +1,40 @@
+"""The written schemas are what others build on; they must list exactly the columns that there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moa.data import records
+from moa.data.errors import REASONS
+from moa.evaluation import samples
+
+TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text("utf-8")
+SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
+
+
+def documented(section: str) -> list[str]:
+    """First cells of a section's tables."""
+    return re.findall(r"^\| `(\w+)` \|", SECTIONS[section], re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["raw", "truth", "caption", "segment", "record", "subject"])
+def test_every_column_is_explained_in_its_order(name):
+    assert documented(name) == getattr(records, name.upper()).names
+
+
+def test_rejected_rows_and_their_reasons_are_explained():
+    assert documented("rejected") == [*records.REJECTED.names, *REASONS]
+    assert all(f"| `{reason}` | {meaning} |" in TEXT for reason, meaning in REASONS.items())
+
+
+def test_samples_are_explained():
+    assert set(documented("request, made, sample")) == set(samples.SAMPLE.names)
+
+
+def test_parts_of_lists_are_explained():
+    for schema, section in ((records.SEGMENT, "segment"), (records.RECORD, "record")):
+        for part in schema.field("segments").type.value_type:
+            assert f"`{part.name}`" in SECTIONS[section]
