@@ -11,7 +11,7 @@ from PIL import Image
 from moa.data.errors import DataError
 from moa.evaluation import samples
 from moa.evaluation.samples import Row, open_image
-from moa.figures.layout import Column, grid, save
+from moa.figures.layout import PAPER, Column, grid, save
 from moa.methods import Subject
 
 TITLES = {
@@ -159,7 +159,7 @@ def swap(
     ]
     if "prior" in shelf.methods:
         first = [shelf.image("prior", shown[0], prompt) for _, prompt in wanted]
-        laid.insert(0, Column("prior", "prior alone", [None, *first]))
+        laid.insert(0, Column("", "prior", [Image.new("RGB", (1, 1), PAPER), *first]))
     save(grid(laid, cell, rows=titles), output)
 
 

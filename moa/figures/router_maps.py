@@ -32,32 +32,35 @@ def draw(saved: SavedMaps, images: Sequence[int], steps: Sequence[int], layers: 
     """
     plt = plots()
     high, wide = len(layers), len(steps) + 1
-    size = (0.85 * wide * len(images) + 1.2, 0.85 * high + 0.9)
+    size = (0.9 * wide * len(images) + 0.8, 0.85 * high + 0.9)
     figure = plt.figure(figsize=size, layout="constrained")
-    blocks = np.atleast_1d(figure.subfigures(1, len(images), wspace=0.03))
-    shown = None
-    for number, (block, image) in enumerate(zip(blocks, images, strict=True)):
+    ratios = [0.9 * wide] * len(images) + [0.8]
+    *blocks, margin = figure.subfigures(1, len(images) + 1, width_ratios=ratios)
+    for block, image in zip(blocks, images, strict=True):
         block.suptitle(f"{saved.rows[image]['subject']}\n{saved.rows[image]['prompt']}", fontsize=8)
-        axes = block.subplots(high, wide, squeeze=False)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-            for spine in axis.spines.values():
-                spine.set_visible(False)
-        axes[0, 0].imshow(saved.images[image])
-        if high > 1:
-            axes[1, 0].imshow(saved.masks[image], cmap="gray", vmin=0, vmax=1)
-        for row, layer in enumerate(layers):
-            for column, step in enumerate(steps, start=1):
-                axis = axes[row, column]
-                shown = axis.imshow(saved.maps[layer][image, step], cmap="RdBu", vmin=0, vmax=1)
-                if row == 0:
-                    axis.set_title(f"t = {saved.timesteps[step]}", fontsize=7)
-            if number == 0:
-                axes[row, 1].set_ylabel(short(layer), fontsize=6)
-    bar = figure.colorbar(shown, ax=list(blocks[-1].get_axes()), fraction=0.04, shrink=min(1.0, 4 / high))
+        shown = _block(block.subplots(high, wide, squeeze=False), saved, image, steps, layers)
+    bar = margin.colorbar(shown, cax=margin.add_axes((0.1, 0.25, 0.2, 0.5)))
     bar.set_label("prior weight", fontsize=8)
     return figure
+
+
+def _block(axes: Any, saved: SavedMaps, image: int, steps: Sequence[int], layers: Sequence[str]) -> Any:
+    """Fill axes [layers, 1 + steps] with an image, its mask and its maps; returns the last map's artist."""
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.grid(visible=False)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    axes[0, 0].imshow(saved.images[image])
+    if len(layers) > 1:
+        axes[1, 0].imshow(saved.masks[image], cmap="gray", vmin=0, vmax=1)
+    for row, layer in enumerate(layers):
+        for column, step in enumerate(steps, start=1):
+            shown = axes[row, column].imshow(saved.maps[layer][image, step], cmap="RdBu", vmin=0, vmax=1)
+            if row == 0:
+                axes[row, column].set_title(f"t = {saved.timesteps[step]}", fontsize=7)
+        axes[row, 1].set_ylabel(short(layer), fontsize=6)
+    return shown
 
 
 def router_maps(
