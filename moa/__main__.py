@@ -1,4 +1,4 @@
-"""`python -m moa <stage>`: the command line, derived from the stages' signatures. The only place that prints."""
+"""`python -m moa <stage>`: a command line derived from the stages' signatures. The only place that prints."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa import runlock
 from moa.stages import STAGES, settings
+
+CONFIG = "config/miniature.yaml"
 
 
 def _simple(kind: Any) -> Any:
@@ -37,6 +38,8 @@ def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, k
         options["choices"] = get_args(kind)
     elif isinstance(origin, type) and issubclass(origin, Sequence):
         options |= {"nargs": "+", "type": _simple(get_args(kind)[0])}
+        if not options.get("default"):  # then it may be given several times
+            options |= {"action": "extend", "default": []}
     else:
         options["type"] = kind
     parser.add_argument(f"--{parameter.name.replace('_', '-')}", dest=parameter.name, **options)
@@ -73,8 +76,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     configured = [key for key, kind in kinds.items() if is_dataclass(kind)]
     if configured:
-        help = "a configuration file, or the stage's settings as JSON"
-        parser.add_argument("--config", required=True, help=help)
+        help = f"a configuration file (default: {CONFIG}), or the stage's settings as JSON"
+        parser.add_argument("--config", default=CONFIG, help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
             _add_option(parser, parameter, kinds[parameter.name])

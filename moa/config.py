@@ -118,3 +118,27 @@ def _check(fits: bool, value: Any, key: str, wanted: str) -> Any:
 
 def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
+
+
+def check(config: Mapping[str, Any], schema: str | Path) -> None:
+    """Check a whole configuration against its JSON schema. Raises ValueError naming every key that is wrong."""
+    import json
+
+    from jsonschema import Draft202012Validator
+
+    validator = Draft202012Validator(json.loads(Path(schema).read_text(encoding="utf-8")))
+    plain = json.loads(json.dumps(config))
+    problems = sorted({_problem(error) for error in validator.iter_errors(plain)})
+    if problems:
+        raise ValueError("the configuration is wrong:\n  " + "\n  ".join(problems))
+
+
+def _problem(error: Any) -> str:
+    """One schema error in a line: the dotted key, and what is wrong with it."""
+    key = ".".join(map(str, error.absolute_path))
+    if error.validator == "additionalProperties":
+        known = sorted(error.schema.get("properties", ()))
+        unknown = sorted(set(error.instance) - set(known))
+        return f"unknown key {_join(key, unknown[0])}; there are {', '.join(known)}"
+    hint = "; write 1.0e-4, for 1e-4 is text in YAML" if error.validator_value == "number" else ""
+    return f"{key or 'the file'}: {error.message}{hint if isinstance(error.instance, str) else ''}"

@@ -1,7 +1,7 @@
 """The stages of the workflow: what each runs, and which part of the configuration it gets.
 
-The command line and the Snakemake rules both read this table, so a stage is wired in one place. A stage is a plain
-function; its first parameter is its settings (a frozen dataclass), the others become options of the same name.
+The command line and the Snakemake rules both read this table, so a stage is wired in one place. A stage is a
+plain function; its first parameter is its settings (a frozen dataclass), the others become options.
 """
 
 from __future__ import annotations
@@ -14,6 +14,20 @@ from typing import Any
 from moa.hashing import code_hash
 
 Config = Mapping[str, Any]
+
+# JSON schemas of the keys that belong to no single stage; those in OPTIONAL may be left out.
+TOP_LEVEL: dict[str, Any] = {
+    "preset": {"type": "string"},
+    "output": {"type": "string"},
+    "device": {"enum": ["cpu", "cuda"]},
+    "weights": {"type": "string"},
+    "source": {"enum": ["miniature", "shards"]},
+    "protocol": {"type": "string"},
+    "methods": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+    "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
+    "models": {"type": "object", "additionalProperties": False, "properties": {}},
+}
+OPTIONAL = {"weights"}
 
 
 @dataclass(frozen=True)
@@ -33,29 +47,69 @@ class Stage:
         return self.target.split(":")[0]
 
 
+JUDGES = {key: f"models.{key}" for key in ("clip_judge", "segmenter", "identity", "detector")}
+PRIOR = {key: f"models.{key}" for key in ("prior", "image_encoder")}
+DEVICE = {"device": "device"}
+REGISTERED = ("moa.baselines.*", "moa.miniature.ceiling")  # by moa.methods, by name
+
 STAGES: dict[str, Stage] = {
     "render": Stage("moa.miniature.dataset:run", "draw a shard of the miniature's photos", "render"),
-    "render-subjects": Stage(
-        "moa.miniature.dataset:run_subjects", "draw a photo of each evaluation subject", "render"
-    ),
+    "render-subjects": Stage("moa.miniature.dataset:run_subjects", "draw evaluation subjects", "render"),
     "caption": Stage(
-        "moa.data.caption:run",
-        "caption a shard of photos",
-        "data.caption",
-        {"model": "models.captioner", "device": "device"},
+        "moa.data.caption:run", "caption photos", "data.caption", {"model": "models.captioner"} | DEVICE
     ),
     "segment": Stage(
         "moa.data.segment:run",
-        "find the people in a shard of photos",
+        "find people in photos",
         "data.segment",
-        {"model": "models.segmenter", "device": "device"},
+        {"model": "models.segmenter"} | DEVICE,
     ),
     "align": Stage(
         "moa.data.align:run",
-        "match captions' words with segments: training records",
+        "match captions' words with segments",
         "data.align",
         {"tokenizer": "models.prior", "clip": "models.clip_judge"},
     ),
+    "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
+    "annotation": Stage("moa.miniature.annotation:run", "measure the annotators against the truth"),
+    "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR),
+    "train-fastcomposer": Stage(
+        "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR
+    ),
+    "plan": Stage("moa.evaluation.plan:run", "write down what the protocol asks for"),
+    "generate": Stage(
+        "moa.generation:generate_one",
+        "make one image of your own subjects",
+        "generate",
+        PRIOR | DEVICE,
+        REGISTERED,
+    ),
+    "generate-shard": Stage(
+        "moa.generation:run", "make the images of a shard of requests", "generate", PRIOR | DEVICE, REGISTERED
+    ),
+    "router": Stage(
+        "moa.evaluation.router:record",
+        "record what MoA's router does",
+        "evaluate.router",
+        PRIOR | DEVICE | {"segmenter": "models.segmenter", "sampling": "generate.sampling"},
+    ),
+    "router-table": Stage("moa.evaluation.maps:tabulate", "tabulate what the router did"),
+    "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
+    "compare-swaps": Stage("moa.evaluation.score:compare_swaps", "measure the context kept under a swap"),
+    "tables": Stage("moa.evaluation.tables:tables", "tabulate quality"),
+    "cost": Stage("moa.evaluation.tables:costs", "tabulate cost"),
+    "figure-benchmark": Stage("moa.figures.grids:benchmark", "draw subjects against methods"),
+    "figure-pairs": Stage("moa.figures.grids:pairs", "draw pairs of subjects"),
+    "figure-swap": Stage("moa.figures.grids:swap", "draw a subject swap"),
+    "figure-training": Stage("moa.figures.curves:training", "draw the losses"),
+    "figure-scores": Stage("moa.figures.curves:scores", "draw the main table"),
+    "figure-router": Stage("moa.figures.router_maps:router_maps", "draw router maps"),
+    "score": Stage("moa.evaluation.score:score", "score images", "evaluate.score", JUDGES | DEVICE),
+    "pretrain": Stage(
+        "moa.miniature.pretrain:run", "train one of the miniature's models", "pretrain.{model}"
+    ),
+    "assemble": Stage("moa.miniature.pretrain:assemble", "join the parts of the miniature's prior"),
+    "schema": Stage("moa.schema:write", "write the JSON schema of the configuration"),
 }
 
 
@@ -80,6 +134,13 @@ def code(name: str) -> str:
     """Hash of the modules that stage `name` uses."""
     stage = STAGES[name]
     return code_hash(stage.module, *stage.registers)
+
+
+def shards(config: Config, split: str) -> int:
+    """How many shards of photos the configuration asks for."""
+    if config["source"] == "shards":
+        return int(get(config, f"shards.{split}"))
+    return -(-get(config, f"render.{split}") // get(config, "render.shard_size"))
 
 
 def model_files(config: Config, role: str) -> list[str]:

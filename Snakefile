@@ -1,0 +1,46 @@
+"""Mixture-of-Attention, from photos to tables. `snakemake --cores all` runs the miniature preset.
+
+The paper preset: `snakemake --cores all --configfile config/paper.yaml`.
+"""
+
+from snakemake.utils import min_version
+
+from moa import runlock
+from moa.config import check
+
+min_version("9.27")
+
+
+configfile: "config/miniature.yaml"
+
+
+check(config, workflow.source_path("workflow/schemas/config.schema.json"))
+
+if workflow.is_main_process:
+    runlock.start_run()
+
+
+report: "workflow/report/workflow.rst"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/generate.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/pretrain.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        f"{OUT}/samples.parquet",
+        TABLES,
+        FIGURES,
+        f"{OUT}/data/card.md",
+
+
+rule tables:
+    input:
+        TABLES,

@@ -1,0 +1,39 @@
+# What all rules share: where results go, and what a stage gets of the configuration.
+import json
+from pathlib import Path
+
+from moa import stages
+from moa.config import resolve
+
+CONFIG = resolve(config)
+OUT = CONFIG["output"]
+GPU = int(CONFIG["device"] != "cpu")
+
+
+wildcard_constraints:
+    split="train|validation|test",
+    shard=r"\d{3}",
+    method="|".join({"moa", "fastcomposer", *CONFIG["methods"]}),
+    kind=r"\w+",
+
+
+def settings(stage, **fixed):
+    """A stage's settings as JSON: a job runs again if, and only if, one of them changes."""
+    return lambda wildcards: json.dumps(
+        stages.settings(stage, CONFIG, **{**dict(wildcards.items()), **fixed}), sort_keys=True
+    )
+
+
+def code(stage):
+    """A hash of the modules that a stage uses: a job runs again when one of them changes."""
+    return lambda wildcards: stages.code(stage)
+
+
+def models(*roles):
+    """The files of models that lie in local folders; models from the hub are pinned by their revision."""
+    return lambda wildcards: [file for role in roles for file in stages.model_files(CONFIG, role)]
+
+
+def shards(folder, split):
+    """All shards of a split in one of the data folders."""
+    return [f"{OUT}/data/{folder}/{split}-{n:03d}.parquet" for n in range(stages.shards(CONFIG, split))]

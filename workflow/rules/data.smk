@@ -1,0 +1,178 @@
+# Photos → captions, segments → training records. One job a shard.
+
+
+rule render:
+    output:
+        raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        truth=f"{OUT}/data/truth/{{split}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/render/{{split}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/render/{{split}}-{{shard}}.tsv"
+    conda:
+        "../../envs/miniature.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        config=settings("render"),
+        code=code("render"),
+    message:
+        "Drawing photos {wildcards.split}-{wildcards.shard}"
+    shell:
+        "python -m moa render --config {params.config:q} --split {wildcards.split} --shard {wildcards.shard}"
+        " --raw {output.raw} --truth {output.truth} > {log} 2>&1"
+
+
+rule render_subjects:
+    output:
+        f"{OUT}/subjects/{{split}}.parquet",
+    log:
+        f"{OUT}/logs/render_subjects/{{split}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/render_subjects/{{split}}.tsv"
+    conda:
+        "../../envs/miniature.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        config=settings("render-subjects"),
+        code=code("render-subjects"),
+    message:
+        "Drawing a photo of each subject of {wildcards.split}"
+    shell:
+        "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
+        " --output {output} > {log} 2>&1"
+
+
+rule caption:
+    input:
+        raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        model=models("captioner"),
+    output:
+        f"{OUT}/data/captions/{{split}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/caption/{{split}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/caption/{{split}}-{{shard}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        gpu=GPU,
+    params:
+        config=settings("caption"),
+        code=code("caption"),
+    message:
+        "Captioning {wildcards.split}-{wildcards.shard}"
+    shell:
+        "python -m moa caption --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
+
+
+rule segment:
+    input:
+        raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        model=models("segmenter"),
+    output:
+        f"{OUT}/data/segments/{{split}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/segment/{{split}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/segment/{{split}}-{{shard}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        gpu=GPU,
+    params:
+        config=settings("segment"),
+        code=code("segment"),
+    message:
+        "Finding people in {wildcards.split}-{wildcards.shard}"
+    shell:
+        "python -m moa segment --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
+
+
+rule align:
+    input:
+        raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        captions=f"{OUT}/data/captions/{{split}}-{{shard}}.parquet",
+        segments=f"{OUT}/data/segments/{{split}}-{{shard}}.parquet",
+        models=models("prior", "clip_judge"),
+    output:
+        records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
+        rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/align/{{split}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/align/{{split}}-{{shard}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+    params:
+        config=settings("align"),
+        code=code("align"),
+    message:
+        "Matching words and people of {wildcards.split}-{wildcards.shard}"
+    shell:
+        "python -m moa align --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
+        " --captions {input.captions} --segments {input.segments}"
+        " --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+
+
+rule data_card:
+    input:
+        records=shards("records", "train") + shards("records", "validation"),
+        rejected=shards("rejected", "train") + shards("rejected", "validation"),
+    output:
+        json=f"{OUT}/data/card.json",
+        markdown=report(f"{OUT}/data/card.md", category="Data", caption="../report/data.rst"),
+        sheet=report(f"{OUT}/data/card.png", category="Data", caption="../report/data.rst"),
+    log:
+        f"{OUT}/logs/data_card.log",
+    benchmark:
+        f"{OUT}/benchmarks/data_card.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+    params:
+        config=settings("card"),
+        code=code("card"),
+    message:
+        "Describing the training data"
+    shell:
+        "python -m moa card --config {params.config:q} --records {input.records} --rejected {input.rejected}"
+        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} > {log} 2>&1"
+
+
+rule annotation_errors:
+    input:
+        truth=shards("truth", "validation"),
+        captions=shards("captions", "validation"),
+        segments=shards("segments", "validation"),
+        records=shards("records", "validation"),
+    output:
+        report(f"{OUT}/tables/annotation.csv", category="Data", caption="../report/annotation.rst"),
+    log:
+        f"{OUT}/logs/annotation_errors.log",
+    benchmark:
+        f"{OUT}/benchmarks/annotation_errors.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("annotation"),
+    message:
+        "Measuring the annotators against the truth"
+    shell:
+        "python -m moa annotation --truth {input.truth} --captions {input.captions}"
+        " --segments {input.segments} --records {input.records} --output {output} > {log} 2>&1"

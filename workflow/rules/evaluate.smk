@@ -1,0 +1,189 @@
+# Judges look at each image once; tables only read what they wrote.
+MADE = {
+    method: [file for kind in kinds for file in parts(kind, "made", method)]
+    for method, kinds in METHODS.items()
+}
+SCORES = [f"{OUT}/scores/{method}.parquet" for method in METHODS]
+QUALITY = [
+    f"{OUT}/tables/{name}{form}" for name in ("main", "multi", "context") for form in (".csv", ".md", ".tex")
+]
+DETAILS = [f"{OUT}/tables/{name}.csv" for name in ("differences", "progress", "groups")]
+TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", f"{OUT}/tables/router.csv"]
+
+
+rule score:
+    input:
+        made=lambda wildcards: MADE[wildcards.method],
+        subjects=f"{OUT}/subjects/test.parquet",
+        models=models("clip_judge", "segmenter", "identity", "detector"),
+    output:
+        samples=f"{OUT}/scores/{{method}}.parquet",
+        features=f"{OUT}/scores/{{method}}-features.parquet",
+    log:
+        f"{OUT}/logs/score/{{method}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/score/{{method}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        gpu=GPU,
+    params:
+        config=settings("score"),
+        code=code("score"),
+        results=OUT,
+    message:
+        "Scoring {wildcards.method}"
+    shell:
+        "python -m moa score --config {params.config:q} --made {input.made} --subjects {input.subjects}"
+        " --results {params.results} --samples-out {output.samples} --features-out {output.features} > {log} 2>&1"
+
+
+rule merge_samples:
+    input:
+        SCORES,
+    output:
+        f"{OUT}/samples.parquet",
+    log:
+        f"{OUT}/logs/merge_samples.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("merge"),
+    message:
+        "Joining all samples"
+    shell:
+        "python -m moa merge --parts {input} --output {output} > {log} 2>&1"
+
+
+rule compare_swaps:
+    input:
+        samples=f"{OUT}/samples.parquet",
+        features=[f"{OUT}/scores/{method}-features.parquet" for method in METHODS],
+    output:
+        f"{OUT}/scores/kept.parquet",
+    log:
+        f"{OUT}/logs/compare_swaps.log",
+    benchmark:
+        f"{OUT}/benchmarks/compare_swaps.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("compare-swaps"),
+        results=OUT,
+    message:
+        "Comparing images of one prompt and noise with different subjects"
+    shell:
+        "python -m moa compare-swaps --made {input.samples} --seen {input.features} --results {params.results}"
+        " --output {output} > {log} 2>&1"
+
+
+rule quality_tables:
+    input:
+        samples=f"{OUT}/samples.parquet",
+        kept=f"{OUT}/scores/kept.parquet",
+        published="config/published.yaml",
+    output:
+        report(
+            QUALITY,
+            category="Tables",
+            caption="../report/tables.rst",
+        ),
+        DETAILS,
+    log:
+        f"{OUT}/logs/quality_tables.log",
+    benchmark:
+        f"{OUT}/benchmarks/quality_tables.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("tables"),
+        folder=subpath(output[0], parent=True),
+    message:
+        "Tabulating quality"
+    shell:
+        "python -m moa tables --sample-files {input.samples} --kept {input.kept} --published {input.published}"
+        " --output {params.folder} > {log} 2>&1"
+
+
+rule cost_table:
+    input:
+        samples=f"{OUT}/samples.parquet",
+        trained=expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
+        made=[file for files in MADE.values() for file in files],
+    output:
+        report(f"{OUT}/tables/cost.csv", category="Tables", caption="../report/tables.rst"),
+    log:
+        f"{OUT}/logs/cost_table.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("cost"),
+        training=lambda wildcards: [
+            f"{method}={OUT}/train/{trained}/train.json"
+            for method, trained in TRAINED.items()
+            if method in METHODS
+        ],
+        memory=lambda wildcards: [
+            f"{method}={OUT}/benchmarks/generate/{method}-{Path(file).stem}.tsv"
+            for method, files in MADE.items()
+            for file in files
+        ],
+    message:
+        "Tabulating cost"
+    shell:
+        "python -m moa cost --sample-files {input.samples} --training {params.training} --memory {params.memory}"
+        " --output {output} > {log} 2>&1"
+
+
+rule router:
+    input:
+        requests=[f"{OUT}/requests/validation-{kind}-000.parquet" for kind in ("single", "swap")],
+        subjects=f"{OUT}/subjects/validation.parquet",
+        trained=f"{OUT}/train/moa",
+        models=models("prior", "image_encoder", "segmenter"),
+    output:
+        rows=f"{OUT}/router/rows.parquet",
+        maps=f"{OUT}/router/maps.safetensors",
+    log:
+        f"{OUT}/logs/router.log",
+    benchmark:
+        f"{OUT}/benchmarks/router.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=3000,
+        gpu=GPU,
+    params:
+        config=settings("router"),
+        code=code("router"),
+    message:
+        "Recording what the router does"
+    shell:
+        "python -m moa router --config {params.config:q} --requests {input.requests} --subjects {input.subjects}"
+        " --trained {input.trained} --rows-out {output.rows} --maps-out {output.maps} > {log} 2>&1"
+
+
+rule router_table:
+    input:
+        f"{OUT}/router/rows.parquet",
+    output:
+        report(f"{OUT}/tables/router.csv", category="Tables", caption="../report/router.rst"),
+    log:
+        f"{OUT}/logs/router_table.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("router-table"),
+    message:
+        "Tabulating what the router does"
+    shell:
+        "python -m moa router-table --rows {input} --output {output} > {log} 2>&1"

@@ -1,0 +1,77 @@
+# What a person looks at. Nothing is computed here; everything is read from samples, logs and tables.
+GRIDS = {"benchmark": "single", "pairs": "multi", "swap": "swap"}
+FIGURES = [f"{OUT}/figures/{name}.png" for name in (*GRIDS, "training", "scores", "router")]
+
+
+rule grid:
+    input:
+        samples=f"{OUT}/samples.parquet",
+        subjects=f"{OUT}/subjects/test.parquet",
+    output:
+        report(f"{OUT}/figures/{{grid}}.png", category="Figures", caption="../report/grid.rst"),
+    log:
+        f"{OUT}/logs/grid-{{grid}}.log",
+    wildcard_constraints:
+        grid="|".join(GRIDS),
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=lambda wildcards: code(f"figure-{wildcards.grid}")(wildcards),
+        results=OUT,
+    message:
+        "Drawing the grid {wildcards.grid}"
+    shell:
+        "python -m moa figure-{wildcards.grid} --sample-files {input.samples} --subjects {input.subjects}"
+        " --results {params.results} --output {output} > {log} 2>&1"
+
+
+rule training_curves:
+    input:
+        expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
+    output:
+        report(f"{OUT}/figures/training.png", category="Figures", caption="../report/training.rst"),
+    log:
+        f"{OUT}/logs/training_curves.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("figure-training"),
+        logs=lambda wildcards, input: [f"{folder}/log.csv" for folder in input],
+    message:
+        "Drawing the losses"
+    shell:
+        "python -m moa figure-training --logs {params.logs} --output {output} > {log} 2>&1"
+
+
+rule score_figure:
+    input:
+        f"{OUT}/tables/main.csv",
+    output:
+        report(f"{OUT}/figures/scores.png", category="Figures", caption="../report/tables.rst"),
+    log:
+        f"{OUT}/logs/score_figure.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("figure-scores"),
+    message:
+        "Drawing the main table"
+    shell:
+        "python -m moa figure-scores --table {input} --output {output} > {log} 2>&1"
+
+
+rule router_figure:
+    input:
+        f"{OUT}/router/maps.safetensors",
+    output:
+        report(f"{OUT}/figures/router.png", category="Figures", caption="../report/router.rst"),
+    log:
+        f"{OUT}/logs/router_figure.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("figure-router"),
+    message:
+        "Drawing router maps"
+    shell:
+        "python -m moa figure-router --maps {input} --output {output} > {log} 2>&1"

@@ -1,0 +1,62 @@
+# The protocol's requests, and every method's images of them. A killed job goes on with the images that are there.
+METHODS = CONFIG["methods"]  # method: kinds
+TRAINED = {"moa": "moa", "moa_wrong_subject": "moa", "fastcomposer": "fastcomposer"}  # method: what it needs
+
+
+def parts(kind, *folder):
+    """The shards of a kind of requests, or of what a method made of them, below a folder."""
+    return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
+
+
+rule plan:
+    input:
+        protocol=CONFIG["protocol"],
+        subjects=f"{OUT}/subjects/{{split}}.parquet",
+    output:
+        f"{OUT}/requests/{{split}}-{{kind}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/plan/{{split}}-{{kind}}-{{shard}}.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("plan"),
+        shard=lambda wildcards: int(wildcards.shard),
+        shards=lambda wildcards: CONFIG["shards"][wildcards.kind] if wildcards.split == "test" else 1,
+    message:
+        "Writing down the requests {wildcards.split}-{wildcards.kind}-{wildcards.shard}"
+    shell:
+        "python -m moa plan --protocol {input.protocol} --subjects {input.subjects} --split {wildcards.split}"
+        " --kind {wildcards.kind} --shard {params.shard} --shards {params.shards} --output {output} > {log} 2>&1"
+
+
+rule generate:
+    input:
+        requests=f"{OUT}/requests/{{split}}-{{kind}}-{{shard}}.parquet",
+        subjects=f"{OUT}/subjects/{{split}}.parquet",
+        models=models("prior", "image_encoder"),
+        trained=lambda wildcards: (
+            f"{OUT}/train/{TRAINED[wildcards.method]}" if wildcards.method in TRAINED else []
+        ),
+    output:
+        f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.parquet",
+    log:
+        f"{OUT}/logs/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=3000,
+        gpu=GPU,
+    params:
+        config=settings("generate-shard"),
+        code=code("generate-shard"),
+        trained=lambda wildcards, input: f"--trained {input.trained}" if input.trained else "",
+        root=OUT,
+    message:
+        "Making images: {wildcards.method}, {wildcards.kind}"
+    shell:
+        "python -m moa generate-shard --config {params.config:q} --method {wildcards.method}"
+        " --requests {input.requests} --subjects {input.subjects} {params.trained}"
+        " --root {params.root} --output {output} > {log} 2>&1"

@@ -1,0 +1,81 @@
+# The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
+# `weights: results/pretrain/weights` to start from these.
+PRETRAINED = "results/pretrain"
+PARTS = ["vae", "clip", "unet"]
+WHOLE = ["identity", "attributes", "clip_judge", "segmenter", "captioner"]
+
+
+wildcard_constraints:
+    model="|".join(PARTS + WHOLE),
+
+
+rule pretrain:
+    input:
+        expand(f"{PRETRAINED}/weights/{{model}}", model=["prior", "image_encoder", *WHOLE]),
+
+
+rule pretrain_model:
+    input:
+        unpack(
+            lambda wildcards: {
+                part: f"{PRETRAINED}/parts/{part}" for part in PARTS[:2] if wildcards.model == "unet"
+            }
+        ),
+    output:
+        directory(f"{PRETRAINED}/parts/{{model}}"),
+    log:
+        f"{PRETRAINED}/logs/{{model}}.log",
+    benchmark:
+        f"{PRETRAINED}/benchmarks/{{model}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=6000,
+    params:
+        config=settings("pretrain"),
+        code=code("pretrain"),
+        parts=lambda wildcards, input: " ".join(f"--{name} {path}" for name, path in input.items()),
+        cache=f"{PRETRAINED}/corpus",
+        checkpoints=f"{PRETRAINED}/runs",
+    message:
+        "Pretraining the miniature's {wildcards.model}"
+    shell:
+        "python -m moa pretrain --config {params.config:q} --model {wildcards.model} {params.parts}"
+        " --cache {params.cache} --checkpoints {params.checkpoints} --output {output} > {log} 2>&1"
+
+
+rule assemble_prior:
+    input:
+        **{part: f"{PRETRAINED}/parts/{part}" for part in PARTS},
+    output:
+        prior=directory(f"{PRETRAINED}/weights/prior"),
+        image_encoder=directory(f"{PRETRAINED}/weights/image_encoder"),
+    log:
+        f"{PRETRAINED}/logs/assemble.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("assemble"),
+    message:
+        "Joining the prior's parts"
+    shell:
+        "python -m moa assemble --vae {input.vae} --clip {input.clip} --unet {input.unet}"
+        " --prior {output.prior} --image-encoder {output.image_encoder} > {log} 2>&1"
+
+
+rule publish_model:
+    input:
+        f"{PRETRAINED}/parts/{{model}}",
+    output:
+        directory(f"{PRETRAINED}/weights/{{model}}"),
+    log:
+        f"{PRETRAINED}/logs/publish-{{model}}.log",
+    wildcard_constraints:
+        model="|".join(WHOLE),
+    conda:
+        "../../envs/models.yaml"
+    message:
+        "Putting the {wildcards.model} beside the other weights"
+    shell:
+        "cp -r {input} {output} > {log} 2>&1"
