@@ -136,3 +136,12 @@ def rendered_shard(faultless, tmp_path):
     write_rows(paths[3], [], RECORD)
     assert read_rows(paths[3], RECORD) == []
     return [[path] for path in paths]
+
+
+def test_a_record_about_other_people_is_aligned_wrongly(faultless):
+    """A caption that names one person of two binds that word to whichever segment it was given."""
+    truth, captions, segments, records = faultless
+    pair = next(r for r in records if len(r["segments"]) == 2)
+    short = pair | {"caption": "a man", "segments": pair["segments"][:1]}
+    rows = {row["metric"]: row for row in annotation_errors(truth, captions, segments, [short])}
+    assert (rows["alignment.right"]["value"], rows["alignment.right"]["count"]) == (0.0, 1)
