@@ -1,8 +1,4 @@
-"""MoAPipeline: Stable Diffusion with subjects. Thin: SubjectConditioner and the adapter do the work.
-
-    pipe = MoAPipeline.from_pretrained("prior", adapter="adapter", image_encoder="image_encoder")
-    pipe("a man and a woman", subjects=[photo_a, photo_b], subject_words=["man", "woman"]).images[0]
-"""
+"""MoAPipeline: Stable Diffusion with subjects. Thin: the conditioner and the adapter do the work."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +9,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from moa.adapter import MoAAdapter
@@ -22,9 +17,10 @@ from moa.conditioner import NullBranch, SubjectConditioner
 
 
 class MoAPipeline(StableDiffusionPipeline):
-    """StableDiffusionPipeline whose `__call__` takes subjects; its U-Net has the adapter installed.
+    """StableDiffusionPipeline whose call takes subjects; it installs the adapter in its U-Net.
 
-    feature_extractor: the image processor of image_encoder.
+    >>> pipe = MoAPipeline.from_pretrained("prior", adapter="adapter", image_encoder="image_encoder")
+    >>> pipe("a man and a dog", subjects=[photo_a, photo_b], subject_words=["man", "dog"]).images[0]
     """
 
     def __init__(
@@ -40,6 +36,7 @@ class MoAPipeline(StableDiffusionPipeline):
         safety_checker: StableDiffusionSafetyChecker | None = None,
         requires_safety_checker: bool = False,
     ):
+        """feature_extractor: the image processor of image_encoder. The rest: StableDiffusionPipeline's."""
         super().__init__(
             vae=vae,
             text_encoder=text_encoder,
@@ -63,26 +60,26 @@ class MoAPipeline(StableDiffusionPipeline):
         feature_extractor: CLIPImageProcessor | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a Stable Diffusion folder or hub id, an adapter, and the image encoder that the adapter was trained on.
+        """Load a Stable Diffusion model, an adapter, and the image encoder that the adapter was trained with.
 
-        feature_extractor: None reads it from the image encoder's folder. All three may be left out where `prior` is a
-        whole MoAPipeline that `save_pretrained` wrote. kwargs: those of `StableDiffusionPipeline.from_pretrained`.
+        prior, adapter, image_encoder: folders or hub ids, the last two also loaded models; they may be
+            left out if `prior` is a whole MoAPipeline that `save_pretrained` wrote.
+        feature_extractor: None reads it from the image encoder's folder.
+        kwargs: those of StableDiffusionPipeline.from_pretrained; `torch_dtype` holds for all parts.
         """
-        dtype = {"torch_dtype": kwargs[key] for key in ("torch_dtype", "dtype") if key in kwargs}
+        dtype = kwargs.get("torch_dtype", torch.float32)
         if isinstance(image_encoder, (str, Path)):
-            folder = image_encoder
-            image_encoder = CLIPVisionModelWithProjection.from_pretrained(
-                folder, **({"dtype": dtype["torch_dtype"]} if dtype else {})
-            )
-            feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(folder)
+            feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(image_encoder)
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype)
         if isinstance(adapter, (str, Path)):
-            adapter = MoAAdapter.from_pretrained(adapter, **dtype)
+            adapter = MoAAdapter.from_pretrained(adapter, torch_dtype=dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
-        kwargs.update({name: part for name, part in parts.items() if part is not None})
+        kwargs |= {name: part for name, part in parts.items() if part is not None}
         return super().from_pretrained(prior, **kwargs)
 
     @property
     def conditioner(self) -> SubjectConditioner:
+        """The conditioner of this pipeline's models, for use with other pipelines that share its U-Net."""
         return SubjectConditioner(
             self.tokenizer, self.text_encoder, self.image_encoder, self.feature_extractor, self.adapter
         )
@@ -95,16 +92,10 @@ class MoAPipeline(StableDiffusionPipeline):
         subject_words: Sequence | None = None,
         subject_spans: Sequence | None = None,
         subject_tokens: Sequence | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
         prior_only: bool | Sequence[bool] = False,
         null_branch: NullBranch = "expert",
@@ -114,10 +105,11 @@ class MoAPipeline(StableDiffusionPipeline):
     ) -> StableDiffusionPipelineOutput | tuple:
         """Generate images of the subjects.
 
-        prompt, subjects, subject_words/_spans/_tokens: as SubjectConditioner takes them. prior_only: the base model's
-        images for the same seed. null_branch, personalize_below, recorder: see SubjectConditioner and MoAContext.
-        The rest and kwargs (callback_on_step_end, timesteps, …) are StableDiffusionPipeline's; a list of generators
-        has one an image, num_images_per_prompt consecutive ones a prompt.
+        prompt, subjects, subject_words, subject_spans, subject_tokens: as SubjectConditioner takes them.
+        prior_only: the base model's images for the same seed.
+        null_branch, personalize_below, recorder: see SubjectConditioner and Recorder.
+        kwargs: StableDiffusionPipeline's (height, width, generator, latents, output_type, return_dict,
+            callback_on_step_end, …). A list of generators has one an image, those of a prompt side by side.
         """
         self.adapter.assert_installed(self.unet)
         conditioner = self.conditioner
@@ -135,18 +127,11 @@ class MoAPipeline(StableDiffusionPipeline):
             null_branch=null_branch,
             recorder=recorder,
         )
-        extra = {**(cross_attention_kwargs or {}), **conditioning.cross_attention_kwargs}
         return super().__call__(
             prompt_embeds=conditioning.prompt_embeds,
             negative_prompt_embeds=conditioning.negative_prompt_embeds,
-            cross_attention_kwargs=extra,
-            height=height,
-            width=width,
+            cross_attention_kwargs={**(cross_attention_kwargs or {}), "moa": conditioning.context},
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            return_dict=return_dict,
             **kwargs,
         )

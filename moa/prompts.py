@@ -15,7 +15,7 @@ TIMESTEPS = 1000
 
 
 class ResidualMLP(nn.Module):
-    """LayerNorm → Linear → GELU → Linear, with a residual where the widths allow one (FastComposer's block)."""
+    """LayerNorm → Linear → GELU → Linear, FastComposer's block; with a residual if asked for."""
 
     def __init__(self, in_dim: int, out_dim: int, residual: bool):
         super().__init__()
@@ -30,9 +30,9 @@ class ResidualMLP(nn.Module):
 
 
 class FuseMLP(nn.Module):
-    """FastComposer's fuse module: `LN(m2(m1(x) + c))`, x a joined embedding [.., in_dim], c a text [.., text_dim].
+    """FastComposer's fuse module, LN(m2(m1(x) + c)); 2,958,336 parameters for widths of 1,536 and 768.
 
-    2,958,336 parameters at in_dim 1536, text_dim 768.
+    joined x: [.., in_dim], an image feature and a text embedding side by side; text c: [.., text_dim].
     """
 
     def __init__(self, in_dim: int, text_dim: int):
@@ -46,14 +46,14 @@ class FuseMLP(nn.Module):
 
 
 def fourier_features(position: Tensor, frequencies: int) -> Tensor:
-    """sin and cos of 2^k π x, k < frequencies: positions [..] in [0, 1] → [.., 2 · frequencies], in float32."""
+    """sin and cos of 2^k π x for k < frequencies: x [..] in [0, 1] → [.., 2 · frequencies], in float32."""
     octaves = 2.0 ** torch.arange(frequencies, device=position.device, dtype=torch.float32)
     angles = position.float()[..., None] * (math.pi * octaves)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class PositionEncoding(nn.Module):
-    """PE(t, l): Fourier features of the timestep and of the layer's depth, then a learned linear layer [D]."""
+    """PE(t, l): Fourier features of timestep and depth, then a learned linear layer (our decision)."""
 
     def __init__(self, layers: int, frequencies: int, dim: int):
         super().__init__()
@@ -62,7 +62,7 @@ class PositionEncoding(nn.Module):
         self.linear = nn.Linear(4 * frequencies, dim)
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """timestep [B] in [0, TIMESTEPS] → [L, B, dim], for all layers in the order in which the U-Net runs them."""
+        """timestep [B] in [0, TIMESTEPS] → [L, B, dim], for all layers in the order in which they run."""
         depth = torch.arange(self.layers, device=timestep.device) / max(self.layers - 1, 1)
         of_time = fourier_features(timestep.float() / TIMESTEPS, self.frequencies)
         of_layer = fourier_features(depth, self.frequencies)
@@ -72,14 +72,17 @@ class PositionEncoding(nn.Module):
 
 
 class MultimodalPrompt(nn.Module):
-    """m_{t,l} of Eq. 8 for every cross-attention layer l of the U-Net at once.
+    """m_{t,l} of Eq. 8, for every cross-attention layer l of the U-Net at once.
 
-    m = [f ; c] has F + D channels (1,536 on SD1.5, FastComposer's width); f is not projected first, as the MLP's first
-    linear layer does that, so an image feature of any width fits any text width. One MLP serves all t and l, as in
-    the paper; they enter by PE alone. `spacetime=False` leaves PE out (the paper's ablation, appendix B).
+    m = [f ; c] has F + D channels (1,536 on SD1.5, FastComposer's width). f is not projected first, as the
+    MLP's first linear layer does that; so an image feature of any width fits any text. One MLP serves all t
+    and l, as in the paper: they enter by PE alone. `spacetime=False` leaves PE out (the paper's ablation,
+    appendix B).
     """
 
-    def __init__(self, image_dim: int, text_dim: int, layers: int, frequencies: int = 8, spacetime: bool = True):
+    def __init__(
+        self, image_dim: int, text_dim: int, layers: int, frequencies: int = 8, spacetime: bool = True
+    ):
         super().__init__()
         width = image_dim + text_dim
         self.layers = layers

@@ -1,0 +1,81 @@
+"""Photos of subjects in whatever mode people have them → 8-bit RGB squares."""
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Photo = Image.Image | np.ndarray | Tensor
+
+MIN_SIDE = 16
+"""Smallest side of a photo in pixels: below it there is nothing to recognise."""
+
+
+def to_rgb(photo: Photo) -> Image.Image:
+    """A photo of any mode as 8-bit RGB, upright (EXIF), transparency on white.
+
+    Arrays and tensors: [H, W] or [H, W, 3] and [3, H, W], uint8, 16-bit, or float in [0, 1].
+    16-bit grey is scaled, not clipped. PIL's mode F counts as float in [0, 1].
+
+    Raises:
+        ValueError: broken, not finite, or less than 16 pixels a side.
+        TypeError: no image at all.
+    """
+    if isinstance(photo, Tensor):
+        photo = as_array(photo)
+    if isinstance(photo, np.ndarray):
+        photo = from_array(photo)
+    if not isinstance(photo, Image.Image):
+        raise TypeError(f"a subject is a PIL image, an array or a tensor, not a {type(photo).__name__}")
+    if min(photo.size) < MIN_SIDE:
+        size = f"{photo.width} × {photo.height}"
+        raise ValueError(f"a subject's photo is {size} pixels; it needs at least {MIN_SIDE} a side")
+    try:
+        return _convert(ImageOps.exif_transpose(photo))
+    except OSError as error:
+        name = getattr(photo, "filename", "") or "a subject's photo"
+        raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def _convert(photo: Image.Image) -> Image.Image:
+    """Any mode of PIL to RGB."""
+    if photo.mode == "F" or photo.mode.startswith("I"):
+        return from_array(np.asarray(photo)).convert("RGB")
+    if photo.has_transparency_data:
+        over = photo.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return photo.convert("RGB")
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """A [3, H, W] or [H, W] tensor as an array [H, W, 3] or [H, W]."""
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return (tensor.movedim(0, -1) if tensor.ndim == 3 else tensor).numpy()
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """[H, W] or [H, W, 3] of uint8, wider integers in 16-bit range, or floats in [0, 1], as an 8-bit image.
+
+    Raises:
+        ValueError: another shape, values that are not finite or out of range.
+    """
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise ValueError(f"a subject's image has shape {array.shape}; [H, W] or [H, W, 3] is wanted")
+    if array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array))
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("a subject's image has NaN or infinite pixels")
+    top = 1.0 if np.issubdtype(array.dtype, np.floating) else 65535.0
+    low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+    if low < 0 or high > top:
+        raise ValueError(f"a subject's image has values from {low:g} to {high:g}; 0 to {top:g} is wanted")
+    return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
+
+
+def pad_to_square(image: Image.Image) -> Image.Image:
+    """The whole image in the middle of a black square (FastComposer)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
