@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,7 @@ class ScoreConfig:
     segmenter_label: str = "person"
     segmenter_threshold: float = 0.8  # least score of a segment
     batch_size: int = 32  # images through a judge at once
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class RouterConfig:
     segmenter_threshold: float = 0.8  # least score of a segment
     dilation: float = 0.05  # how far masks are grown, fraction of the image's side
     kept: int = 4  # images whose maps are saved, for the figure and the notebook
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
 
     def method(self, trained: Path) -> MethodConfig:
         return MethodConfig(

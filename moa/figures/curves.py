@@ -6,11 +6,13 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from moa.data.errors import DataError
-from moa.figures.layout import plots, save_plot
+from moa.figures.layout import save_plot, style
 
 LOSSES = {
     "loss_masked": "denoising, masked",
@@ -50,6 +52,7 @@ def read_columns(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarra
         ) from error
 
 
+@style()
 def training(logs: Sequence[str | Path], output: str | Path) -> None:
     """Draw the losses of each training against its steps.
 
@@ -58,8 +61,8 @@ def training(logs: Sequence[str | Path], output: str | Path) -> None:
         output: PNG file.
     """
     curves = {Path(path).parent.name: read_columns(path, ("step", "loss")) for path in logs}
-    plt = plots()
-    figure, axes = plt.subplots(1, len(LOSSES), figsize=(3.4 * len(LOSSES), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(LOSSES), 2.8), layout="constrained")
+    axes = figure.subplots(1, len(LOSSES))
     for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
         for method, values in curves.items():
             if name in values and np.isfinite(values[name]).any() and np.any(values[name] != 0):
@@ -71,14 +74,15 @@ def training(logs: Sequence[str | Path], output: str | Path) -> None:
     save_plot(figure, output)
 
 
+@style()
 def scores(table: str | Path, output: str | Path) -> None:
     """Draw IP and PC of a quality table's measured rows, with their 95 % intervals over subjects."""
     with open(table, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("source") == "measured"]
     if not rows:
         raise DataError(f"{table} has no measured rows; make it again")
-    plt = plots()
-    figure, axes = plt.subplots(1, 2, figsize=(2.2 + 1.25 * len(rows), 3), layout="constrained")
+    figure = Figure(figsize=(2.2 + 1.25 * len(rows), 3), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, metric, title in zip(axes, ("ip", "pc"), ("identity (IP)", "prompt (PC)"), strict=True):
         _bars(axis, rows, metric)
         axis.set(title=title)
@@ -87,7 +91,7 @@ def scores(table: str | Path, output: str | Path) -> None:
     save_plot(figure, output)
 
 
-def _bars(axis: object, rows: Sequence[Mapping[str, str]], metric: str) -> None:
+def _bars(axis: Any, rows: Sequence[Mapping[str, str]], metric: str) -> None:
     """A bar with its interval for each row; a row without interval has none."""
     values = [float(row[metric]) for row in rows]
     low, high = ([float(row[f"{metric}_{side}"] or "nan") for row in rows] for side in ("low", "high"))
@@ -98,5 +102,5 @@ def _bars(axis: object, rows: Sequence[Mapping[str, str]], metric: str) -> None:
     known = not any(math.isnan(e) for side in errors for e in side)
     colors = [COLORS.get(row["method"], "#777777") for row in rows]
     labels = [TITLES.get(row["method"], row["method"]) for row in rows]
-    axis.bar(range(len(rows)), values, color=colors, yerr=errors if known else None, capsize=3)  # type: ignore[attr-defined]
-    axis.set_xticks(range(len(rows)), labels, fontsize=7)  # type: ignore[attr-defined]
+    axis.bar(range(len(rows)), values, color=colors, yerr=errors if known else None, capsize=3)
+    axis.set_xticks(range(len(rows)), labels, fontsize=7)

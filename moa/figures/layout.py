@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from moa.data.records import write_atomically
@@ -102,32 +105,27 @@ def save(image: Image.Image, path: str | Path) -> None:
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", optimize=True))
 
 
-def save_plot(figure: Any, path: str | Path) -> None:
-    """Write a matplotlib figure as PNG without software name or date, and close it."""
-    import matplotlib.pyplot as plt
-
-    options = {"format": "png", "dpi": 120, "metadata": {"Software": None}, "bbox_inches": "tight"}
-    write_atomically(path, lambda temporary: figure.savefig(temporary, **options))
-    plt.close(figure)
+def save_plot(figure: Figure, path: str | Path) -> None:
+    """Write a matplotlib figure as PNG without software name or date."""
+    options: dict[str, Any] = {"dpi": 120, "metadata": {"Software": None}, "bbox_inches": "tight"}
+    with style():
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", **options))
 
 
-def plots() -> Any:
-    """matplotlib's pyplot, drawing into files, in the style of all figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcdefaults()
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.25,
-            "axes.axisbelow": True,
-            "legend.frameon": False,
-        }
-    )
-    return plt
+@contextmanager
+def style() -> Iterator[None]:
+    """Within the `with` block matplotlib draws in the style of all figures, whatever the user's settings."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(
+            {
+                "font.size": 9,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.grid": True,
+                "grid.alpha": 0.25,
+                "axes.axisbelow": True,
+                "legend.frameon": False,
+            }
+        )
+        yield

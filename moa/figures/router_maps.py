@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from moa.evaluation.maps import SavedMaps, load_maps
-from moa.figures.layout import plots, save_plot
+from moa.figures.layout import save_plot, style
 
 
 def pick(count: int, total: int) -> list[int]:
@@ -25,17 +26,17 @@ def short(layer: str) -> str:
     return f"{parts[0].removesuffix('_blocks').removesuffix('_block')} {numbers} {kind}"
 
 
-def draw(saved: SavedMaps, images: Sequence[int], steps: Sequence[int], layers: Sequence[str]) -> Any:
+@style()
+def draw(saved: SavedMaps, images: Sequence[int], steps: Sequence[int], layers: Sequence[str]) -> Figure:
     """A matplotlib figure: for each image a block of rows (layers) and columns (timesteps).
 
     Blue pixels go to the prior, red ones to the personalization expert.
     """
-    plt = plots()
     high, wide = len(layers), len(steps) + 1
     size = (0.9 * wide * len(images) + 0.8, 0.85 * high + 0.9)
-    figure = plt.figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     ratios = [0.9 * wide] * len(images) + [0.8]
-    *blocks, margin = figure.subfigures(1, len(images) + 1, width_ratios=ratios)
+    *blocks, margin = np.ravel(np.array(figure.subfigures(1, len(ratios), width_ratios=ratios)))
     for block, image in zip(blocks, images, strict=True):
         block.suptitle(f"{saved.rows[image]['subject']}\n{saved.rows[image]['prompt']}", fontsize=8)
         shown = _block(block.subplots(high, wide, squeeze=False), saved, image, steps, layers)
