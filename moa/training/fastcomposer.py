@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moa.adapter import attention_layers, select_loss_layers
 from moa.baselines.fastcomposer import FastComposer, FastComposerMethod, Localization, localize
-from moa.hashing import code_hash
+from moa.layers import attention_layers, select_loss_layers
 from moa.losses import masked_loss, object_loss
 from moa.methods import Sampling
 from moa.sampling import crop_side, load_image_encoder, load_prior
@@ -36,8 +35,8 @@ class FastComposerTrainee(Trainee):
         self.model = FastComposer(pipe.unet, encoder, config.image_encoder_layers).to(device)
         for parameter in self.model.trained().values():
             parameter.requires_grad_(True)
-        names = [n for n, a in attention_layers(pipe.unet).items() if a.is_cross_attention]
-        self.layers = [n for n in select_loss_layers(pipe.unet, config.loss_layers) if n in names]
+        cross = [n for n, a in attention_layers(pipe.unet).items() if a.is_cross_attention]
+        self.layers = [n for n in select_loss_layers(pipe.unet, config.loss_layers) if n in cross]
         localize(pipe.unet, self.layers, explicit=config.attention == "explicit")
 
     def crop_side(self) -> int:
@@ -83,6 +82,5 @@ def run(
     checkpoints: Path | None = None,
 ) -> None:
     """Train FastComposer from shards of records; `subjects` (a parquet) are shown in the validation grids."""
-    code = code_hash("moa.training.fastcomposer")
     shown = loop.read_subjects(subjects)
-    loop.run(config, FastComposerTrainee, "fastcomposer", records, shown, output, checkpoints, code)
+    loop.run(config, FastComposerTrainee, "fastcomposer", records, shown, output, checkpoints)

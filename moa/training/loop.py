@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from moa.baselines.prior import Prior
 from moa.data import records as tables
+from moa.hashing import code_hash
 from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
@@ -55,6 +56,11 @@ def run_key(config: TrainConfig, kind: str, records: Sequence[Path], code: str) 
     models = [_fingerprint(config.prior), _fingerprint(config.image_encoder)]
     data = [checkpoint.file_hash(Path(path)) for path in records]
     return checkpoint.key(settings=settings, kind=kind, records=data, models=models, code=code)
+
+
+def code_of(name: str) -> str:
+    """Hash of the code that trains `name`: another code does not go on from this one's checkpoints."""
+    return code_hash(f"moa.training.{name}")
 
 
 def _fingerprint(source: ModelSource) -> str:
@@ -271,19 +277,17 @@ def run(
     subjects: Sequence[Subject],
     output: Path,
     checkpoints: Path | None = None,
-    code: str = "",
 ) -> None:
     """Train from records to a folder of results.
 
     Args:
         config: settings.
         trainee: what to train; made from the config and a device, its chance following `config.seed`.
-        name: of what is trained.
+        name: of what is trained, and of its module in `moa.training`.
         records: shards of training records.
         subjects: for the validation grid.
         output: folder to make; replaced when it is there.
         checkpoints: folder of checkpoint folders; by default `.checkpoints` beside `output`'s parent.
-        code: hash of the code; another code does not go on from this one's checkpoints.
 
     Raises:
         RuntimeError: another process trains the same.
@@ -292,7 +296,7 @@ def run(
     accelerator = make_accelerator(config)
     config.part_size(accelerator.num_processes)
     root = checkpoints or output.parent.parent / ".checkpoints"
-    folder = root / f"{output.name}-{run_key(config, name, records, code)}"
+    folder = root / f"{output.name}-{run_key(config, name, records, code_of(name))}"
     with checkpoint.locked(folder) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         trainer = build(config, trainee, records, folder, accelerator, subjects)

@@ -15,7 +15,6 @@ from moa.adapter import MoAAdapter
 from moa.attention import MoAContext, Recorder
 from moa.baselines.moa import MoA
 from moa.conditioner import SubjectConditioner
-from moa.hashing import code_hash
 from moa.losses import masked_loss, object_loss, router_loss
 from moa.methods import Sampling
 from moa.sampling import crop_side, load_image_encoder, load_prior
@@ -105,5 +104,5 @@ def run(
     checkpoints: Path | None = None,
 ) -> None:
     """Train MoA from shards of records; `subjects` (a parquet) are shown in the validation grids."""
-    code = code_hash("moa.training.moa")
-    loop.run(config, MoATrainee, "moa", records, loop.read_subjects(subjects), output, checkpoints, code)
+    shown = loop.read_subjects(subjects)
+    loop.run(config, MoATrainee, "moa", records, shown, output, checkpoints)

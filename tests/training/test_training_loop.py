@@ -1,0 +1,208 @@
+"""Training is exact: interrupted, split or cached, it comes to the same; and the prior stays frozen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moa.training import checkpoint, fastcomposer, loop, moa
+from moa.training.loop import Trainer
+from tests.training import tiny
+
+TRAINEES = {"moa": moa, "fastcomposer": fastcomposer}
+PROMPTS = ("a {word} in a red hat",)
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    """Rows of log.csv without the time."""
+    with (folder / "log.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Weights, log and pictures are equal to the last bit."""
+    assert log(one) == log(other)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    grids = sorted(p.name for p in one.glob("*.png"))
+    assert grids == sorted(p.name for p in other.glob("*.png"))
+    assert all((one / g).read_bytes() == (other / g).read_bytes() for g in grids)
+
+
+@pytest.mark.parametrize("name", TRAINEES)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_interrupted_training_ends_the_same(name, ema, models, shards, subjects, tmp_path, monkeypatch):
+    config = tiny.config(
+        models, steps=5, ema=ema, checkpoint_every=2, validate_every=2, validation_prompts=PROMPTS
+    )
+    TRAINEES[name].run(config, shards, subjects, tmp_path / "whole" / name)
+
+    account = Trainer._account
+
+    def stop_at_3(self, values):
+        account(self, values)
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_account", stop_at_3)
+    with pytest.raises(KeyboardInterrupt):
+        TRAINEES[name].run(config, shards, subjects, tmp_path / "parts" / name)
+    assert not (tmp_path / "parts" / name).exists()  # nothing half-made to be taken for a result
+    monkeypatch.undo()
+    TRAINEES[name].run(config, shards, subjects, tmp_path / "parts" / name)
+    assert_same(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from moa.training import moa
+from tests.training import tiny
+from moa.methods import ModelSource
+torch.set_num_threads(1)
+a = sys.argv
+config = tiny.config((ModelSource(a[1]), ModelSource(a[2])), steps={steps}, batch_size=4, checkpoint_every=1,
+                     accumulation={accumulation})
+moa.run(config, [Path(p) for p in a[3:5]], Path(a[5]), Path(a[6]))
+"""
+
+
+def start(models, shards, subjects, output, steps=4, accumulation=1, launcher=("-c",)):
+    """Train in a process group of its own."""
+    script = SCRIPT.format(steps=steps, accumulation=accumulation)
+    command = [sys.executable, *launcher]
+    if launcher == ("-c",):
+        command.append(script)
+    else:
+        path = output.parent / "script.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script)
+        command.append(str(path))
+    arguments = [models[0].id, models[1].id, *map(str, shards), str(subjects), str(output)]
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [*command, *arguments], start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.slow
+def test_killed_training_goes_on(models, shards, subjects, tmp_path):
+    steps = 30
+    process = start(models, shards, subjects, tmp_path / "killed" / "moa", steps)
+    checkpoints = tmp_path / ".checkpoints"
+    while process.poll() is None and not list(checkpoints.glob("*/step-0000000[3-9]")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the training ended before it could be killed"
+    finish(start(models, shards, subjects, tmp_path / "killed" / "moa", steps))
+    finish(start(models, shards, subjects, tmp_path / "whole" / "moa", steps))
+    assert_same(tmp_path / "killed" / "moa", tmp_path / "whole" / "moa")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(models, shards, subjects, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    one, two = tmp_path / "one" / "moa", tmp_path / "two" / "moa"
+    finish(start(models, shards, subjects, one))
+    finish(start(models, shards, subjects, two, launcher=launcher))
+    assert json.loads((two / "train.json").read_text())["processes"] == 2
+    for row, other in zip(log(one), log(two), strict=True):
+        assert {k: float(v) for k, v in row.items()} == pytest.approx(
+            {k: float(v) for k, v in other.items()}, rel=1e-4, abs=1e-7
+        )
+
+
+def rows_close(one: Path, other: Path) -> None:
+    for row, second in zip(log(one), log(other), strict=True):
+        for column in row:
+            assert float(row[column]) == pytest.approx(float(second[column]), rel=1e-4, abs=1e-7), column
+
+
+@pytest.mark.parametrize("name", TRAINEES)
+def test_accumulated_parts_equal_one_pass(name, models, shards, subjects, tmp_path):
+    for parts in (1, 2):
+        config = tiny.config(models, accumulation=parts)
+        TRAINEES[name].run(config, shards, subjects, tmp_path / str(parts) / name)
+    rows_close(tmp_path / "1" / name, tmp_path / "2" / name)
+
+
+def test_cache_and_workers_change_nothing(models, shards, subjects, tmp_path):
+    moa.run(tiny.config(models), shards, subjects, tmp_path / "cached" / "moa")
+    moa.run(tiny.config(models, cache=False, workers=1), shards, subjects, tmp_path / "fresh" / "moa")
+    rows_close(tmp_path / "cached" / "moa", tmp_path / "fresh" / "moa")
+
+
+def test_only_the_adapter_changes(models, shards, subjects, tmp_path):
+    config = tiny.config(models)
+    torch.manual_seed(0)
+    trainee = moa.MoATrainee(config, "cpu")
+    trained = {id(p) for p in trainee.trained().values()}
+    frozen = {n: p for n, p in trainee.named_parameters() if id(p) not in trained}
+    frozen |= {f"vae.{n}": p for n, p in trainee.prior.pipe.vae.named_parameters()}
+    before = {n: p.detach().clone() for n, p in frozen.items()}
+    old = {n: p.detach().clone() for n, p in trainee.trained().items()}
+    data = loop.Records(shards, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens)
+    trainee.prior.fill(data)
+    Trainer(trainee, data, tmp_path / "checkpoints", loop.make_accelerator(config), None).train()
+    assert len(before) > 100
+    assert all(torch.equal(frozen[n], before[n]) for n in before)
+    assert all(p.grad is None for p in frozen.values())
+    assert all(not torch.equal(p, old[n]) for n, p in trainee.trained().items() if "key.bias" not in n)
+
+
+def test_a_changed_setting_starts_anew(models, shards):
+    config = tiny.config(models)
+    same = loop.run_key(tiny.config(models, checkpoint_every=7, workers=3), "moa", shards, "code")
+    assert loop.run_key(config, "moa", shards, "code") == same
+    others = [
+        loop.run_key(tiny.config(models, lr=2e-3), "moa", shards, "code"),
+        loop.run_key(config, "fastcomposer", shards, "code"),
+        loop.run_key(config, "moa", shards[:1], "code"),
+        loop.run_key(config, "moa", shards, "other code"),
+    ]
+    assert len({same, *others}) == 5
+
+
+def test_two_trainings_of_the_same_thing_are_refused(models, shards, subjects, tmp_path):
+    config = tiny.config(models)
+    output = tmp_path / "train" / "moa"
+    folder = tmp_path / ".checkpoints" / f"moa-{loop.run_key(config, 'moa', shards, loop.code_of('moa'))}"
+    with checkpoint.locked(folder), pytest.raises(RuntimeError, match=f"process {os.getpid()}"):
+        moa.run(config, shards, subjects, output)
+    moa.run(config, shards, subjects, output)  # a lock left behind by nobody stops nobody
+    assert not folder.exists()
+
+
+def test_a_loss_that_is_no_number_stops_training(models, shards, subjects, tmp_path):
+    with pytest.raises(FloatingPointError, match="lower `lr`"):
+        moa.run(
+            tiny.config(models, lr=1e30, clip=1e30, steps=20), shards, subjects, tmp_path / "train" / "moa"
+        )
+
+
+def test_missing_weights_are_named(models, shards, subjects, tmp_path):
+    config = tiny.config((tiny.ModelSource(str(tmp_path / "nowhere" / "prior")), models[1]))
+    with pytest.raises(FileNotFoundError, match=r"nowhere/prior does not exist; check `models\.prior`"):
+        moa.run(config, shards, subjects, tmp_path / "train" / "moa")
