@@ -27,30 +27,34 @@ Pipeline = Any  # diffusers' StableDiffusionPipeline, whose components its types
 SCHEDULERS = {"unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 
 
-def _from_pretrained(loader: Callable[..., Any], role: str, source: ModelSource, **options: Any) -> Any:
-    """Load a model, turning what libraries say of missing files into what to do.
+def _load(loader: Callable[..., Any], role: str, folder: str | Path, cure: str, **options: Any) -> Any:
+    """Load a model, turning what libraries say of missing and broken files into what to do.
 
     Raises:
         FileNotFoundError: no such folder or hub repository, or a file missing from it.
-        ValueError: a file that is there but broken.
+        ValueError: a weight file that is there but broken.
     """
-    path = Path(source.id)
-    cure = f"check `models.{role}` in the config, or make the weights again with `snakemake pretrain`"
-    if (path.is_absolute() or source.id.count("/") != 1) and not path.is_dir():
-        raise FileNotFoundError(f"{role}: folder {path} does not exist; {cure}")
+    if (Path(folder).is_absolute() or str(folder).count("/") != 1) and not Path(folder).is_dir():
+        raise FileNotFoundError(f"{role}: folder {folder} does not exist; {cure}")
     try:
-        return loader(source.id, revision=source.revision, **options)
-    except SafetensorError as error:
-        raise ValueError(f"{role}: a weight file in {source.id} is broken ({error}); {cure}") from error
-    except OSError as error:
-        raise FileNotFoundError(f"{role}: cannot load {source.id}: {error}; {cure}") from error
+        return loader(folder, **options)
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, SafetensorError) or "Unable to load weights" in str(error):  # diffusers' words
+            raise ValueError(f"{role}: a weight file in {folder} is broken ({error}); {cure}") from error
+        raise FileNotFoundError(f"{role}: cannot load {folder}: {error}; {cure}") from error
+
+
+def _pretrained(loader: Callable[..., Any], role: str, source: ModelSource, **options: Any) -> Any:
+    """Load a model that the config names; raises as `_load`."""
+    cure = f"check `models.{role}` in the config, or make the weights again with `snakemake pretrain`"
+    return _load(loader, role, source.id, cure, revision=source.revision, **options)
 
 
 def load_prior(
     source: ModelSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Pipeline:
-    """The frozen prior, quiet, in evaluation mode. Raises as `_from_pretrained`."""
-    pipe = _from_pretrained(
+    """The frozen prior, quiet, in evaluation mode. Raises as `_load`."""
+    pipe = _pretrained(
         StableDiffusionPipeline.from_pretrained,
         "prior",
         source,
@@ -68,11 +72,9 @@ def load_prior(
 def load_image_encoder(
     source: ModelSource, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
-    """The subject encoder, frozen, and what prepares its images. Raises as `_from_pretrained`."""
-    encoder = _from_pretrained(
-        CLIPVisionModelWithProjection.from_pretrained, "image_encoder", source, dtype=dtype
-    )
-    processor = _from_pretrained(CLIPImageProcessor.from_pretrained, "image_encoder", source)
+    """The subject encoder, frozen, and what prepares its images. Raises as `_load`."""
+    encoder = _pretrained(CLIPVisionModelWithProjection.from_pretrained, "image_encoder", source, dtype=dtype)
+    processor = _pretrained(CLIPImageProcessor.from_pretrained, "image_encoder", source)
     return encoder.to(device).requires_grad_(False).eval(), processor
 
 
@@ -91,13 +93,7 @@ def load_adapter(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> MoAAdapter:
     """A trained MoA adapter. Raises FileNotFoundError or ValueError naming the folder."""
-    cure = "train again with `python -m moa train-moa`"
-    try:
-        adapter = MoAAdapter.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ValueError(f"adapter: a weight file in {folder} is broken ({error}); {cure}") from error
-    except OSError as error:
-        raise FileNotFoundError(f"adapter: cannot load {folder}: {error}; {cure}") from error
+    adapter = _load(MoAAdapter.from_pretrained, "moa", folder, "train again with `python -m moa train-moa`")
     return adapter.to(device, dtype).requires_grad_(False).eval()
 
 
