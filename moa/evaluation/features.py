@@ -181,13 +181,18 @@ def read(paths: str | Path | Sequence[str | Path]) -> dict[str, Features]:
     return {row["path"]: _features(row) for row in read_rows(paths, FEATURES)}
 
 
+def _vectors(rows: list[list[float]]) -> Floats:
+    """[N, D]; D is 0 where there is nobody, as the file does not know it."""
+    return np.array(rows, dtype=float) if rows else np.zeros((0, 0))
+
+
 def _features(row: Mapping[str, Any]) -> Features:
     boxes = np.array(row["boxes"], dtype=float).reshape(-1, 4)
     return Features(
         size=(row["width"], row["height"]),
         detection=Detection(boxes, np.array(row["box_scores"], dtype=float)),
-        identity=np.array(row["identity"], dtype=float).reshape(len(boxes), -1),
-        color=np.array(row["color"], dtype=float).reshape(len(boxes), -1),
+        identity=_vectors(row["identity"]),
+        color=_vectors(row["color"]),
         clip=np.array(row["clip"], dtype=float),
         persons=decode_mask(row["persons"]) > 0,
         sha256=row["sha256"],

@@ -191,13 +191,15 @@ def record(
 
 
 def showcase(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Which rows' maps to keep: different subjects with the same noise and prompt, if there are any."""
+    """Which rows' maps to keep: half of one noise and prompt with different subjects, half of another."""
     by_noise: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
-        by_noise.setdefault((row["kind"], row["prompt_id"], row["seed"]), []).append(index)
-    largest = max(by_noise.values(), key=len, default=[])
-    rest = [index for index in range(len(rows)) if index not in set(largest)]
-    return (largest + rest)[:count]
+        by_noise.setdefault((row["kind"], row["prompt"], row["seed"]), []).append(index)
+    groups = sorted(by_noise.values(), key=lambda group: -len(group))
+    half = -(-count // 2)
+    chosen = [index for group in groups[:2] for index in group[:half]]
+    rest = [index for group in groups for index in group if index not in chosen]
+    return (chosen + rest)[:count]
 
 
 def measure(

@@ -1,0 +1,155 @@
+"""Identity scores against brute force, facenet-pytorch itself and hand-made cases."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from facenet_pytorch import MTCNN, InceptionResnetV1, fixed_image_standardization
+from facenet_pytorch.models.utils.detect_face import extract_face
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from skimage.data import astronaut
+
+from moa.data.annotators import ModelSource
+from moa.evaluation import identity
+from moa.evaluation.identity import (
+    AutoEmbedder,
+    ColorEmbedder,
+    DetectorConfig,
+    EmbedderConfig,
+    FaceNetEmbedder,
+    MTCNNDetector,
+    crop,
+    greedy_matches,
+    score,
+    tidy,
+)
+
+
+def unit(*angles: float) -> np.ndarray:
+    """Unit vectors in the plane at angles in degrees."""
+    return np.array([[np.cos(a), np.sin(a)] for a in np.radians(angles)])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_greedy_matching_equals_brute_force(seed, size):
+    """Greedy is the matching whose similarities, sorted from the best down, come first in the alphabet."""
+    similarity = np.random.default_rng(seed).normal(size=(size, size))
+    best = max(
+        permutations(range(size)),
+        key=lambda p: sorted((similarity[i, j] for i, j in enumerate(p)), reverse=True),
+    )
+    assert sorted(greedy_matches(similarity)) == list(enumerate(best))
+
+
+def test_single_takes_the_largest_face():
+    found = score(unit(0), unit(60, 0), np.array([0.3, 0.1]))
+    assert found.ip == pytest.approx(0.5)
+    assert (found.found, found.faces, found.face_size) == (True, 2, 0.3)
+
+
+def test_pair_scores_its_worse_match():
+    found = score(unit(0, 90), unit(80, 30, 0), np.array([0.3, 0.2, 0.1]))  # the third face is not looked at
+    assert found.ip == pytest.approx(np.cos(np.radians(30)))
+    assert (found.faces, found.face_size) == (3, 0.2)
+
+
+@pytest.mark.parametrize("faces", [unit()[:0].reshape(0, 2), unit(0)])
+def test_missing_face_scores_zero(faces):
+    found = score(unit(0, 90), faces, np.ones(len(faces)))
+    assert (found.ip, found.found, found.faces, found.face_size) == (0, False, len(faces), 0)
+
+
+def test_negative_similarity_scores_zero():
+    assert score(unit(0), unit(120), np.ones(1)).ip == 0
+
+
+def test_boxes_are_cut_to_the_image_and_sorted_by_area():
+    boxes = np.array([[-5, 0, 3, 4], [2, 2, 12, 9], [9.2, 1, 9.8, 5], [20, 1, 30, 5]])
+    found = tidy(boxes, np.array([0.9, 0.8, 0.7, 0.6]), (10, 8))
+    np.testing.assert_array_equal(found.boxes, [[2, 2, 10, 8], [0, 0, 3, 4]])
+    np.testing.assert_array_equal(found.scores, [0.8, 0.9])
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(astronaut())
+
+
+def test_mtcnn_finds_the_face_that_facenet_finds(photo):
+    blank = Image.new("RGB", (96, 96), "gray")
+    faces, nobody = MTCNNDetector().detect([photo, blank])
+    boxes, scores = MTCNN(keep_all=True).detect(photo)
+    assert len(faces.boxes) == len(boxes) >= 1
+    np.testing.assert_allclose(faces.boxes, np.asarray(boxes, dtype=float).clip(0, 512), atol=1e-3)
+    np.testing.assert_allclose(faces.scores, np.asarray(scores, dtype=float), atol=1e-6)
+    assert len(nobody.boxes) == 0
+
+
+@pytest.fixture(scope="module")
+def facenet(tmp_path_factory):
+    """A weights file in the layout of the published one, untrained, and its network."""
+    torch.manual_seed(0)
+    network = InceptionResnetV1(pretrained=None).eval()
+    path = tmp_path_factory.mktemp("facenet") / "weights.pt"
+    logits = {"logits.weight": torch.zeros(8631, 512), "logits.bias": torch.zeros(8631)}
+    torch.save(network.state_dict() | logits, path)
+    return path, network
+
+
+def test_facenet_embedding_equals_facenet_pytorch(facenet, photo):
+    path, network = facenet
+    embedder = FaceNetEmbedder(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    boxes = [[150.7, 60.2, 260.9, 190.4], [10, 20, 90, 80]]
+    faces = torch.stack([fixed_image_standardization(extract_face(photo, np.array(b), 160)) for b in boxes])
+    with torch.inference_mode():
+        expected = network(faces).numpy()
+    np.testing.assert_allclose(embedder.embed([crop(photo, box) for box in boxes]), expected, atol=1e-5)
+    assert embedder.embed([]).shape == (0, 512)
+
+
+def test_facenet_weights_are_checked(facenet, tmp_path):
+    path, _ = facenet
+    with pytest.raises(ValueError, match=r"sha256 is not set; .* set it to [0-9a-f]{64}"):
+        FaceNetEmbedder(path, None)
+    with pytest.raises(ValueError, match="delete it and fetch it again"):
+        FaceNetEmbedder(path, "0" * 64)
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt is missing"):
+        FaceNetEmbedder(tmp_path / "missing.pt", "0" * 64)
+
+
+def test_auto_embedder_is_the_pooled_output(tmp_path):
+    from moa.miniature.models import embedder, judge_processor
+
+    torch.manual_seed(0)
+    network = embedder().eval()
+    network.save_pretrained(tmp_path)
+    judge_processor().save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    crops = [Image.fromarray(rng.integers(0, 256, (size, 20, 3), dtype=np.uint8)) for size in (30, 11)]
+    found = AutoEmbedder(ModelSource(str(tmp_path))).embed(crops)
+    squeezed = np.stack([np.asarray(c.resize((96, 96), Image.Resampling.BILINEAR)) for c in crops])
+    with torch.inference_mode():
+        pixels = torch.from_numpy(squeezed).permute(0, 3, 1, 2) / 127.5 - 1
+        expected = network(pixels).pooler_output.flatten(1)
+    expected = torch.nn.functional.normalize(expected).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_color_embedder_sees_colors_only():
+    red, dark, blue = (Image.new("RGB", (9, 5), c) for c in ("#ff8080", "#ff8080", "#8080ff"))
+    same, _, other = ColorEmbedder().embed([red, dark, blue])
+    assert same @ same == pytest.approx(1)
+    assert abs(same @ other) < 0.05
+
+
+def test_keys_that_are_missing_are_named():
+    with pytest.raises(ValueError, match=r"models\.identity: kind auto needs the key id"):
+        identity.load_embedder(EmbedderConfig("auto"))
+    with pytest.raises(ValueError, match=r"models\.detector: kind segmenter needs the key id"):
+        identity.load_detector(DetectorConfig("segmenter"))

@@ -1,0 +1,90 @@
+"""Intervals against closed forms, brute force and, above all, the coverage that they promise."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from moa.evaluation.statistics import cluster_intervals, difference, interval, ratio
+
+SUBJECTS = [f"s{n}" for n in range(15)]
+DESIGNS = {
+    "single": [(name,) for name in SUBJECTS],
+    "pairs": list(combinations(SUBJECTS, 2)),
+    "ring": [(SUBJECTS[n], SUBJECTS[(n + 1) % 15]) for n in range(15)],
+}
+
+
+def test_single_subjects_equal_the_t_interval_over_subject_means():
+    values = np.random.default_rng(0).normal(size=(15, 8))
+    found = interval(values.ravel(), [(name,) for name in SUBJECTS for _ in range(8)])
+    means = values.mean(axis=1)
+    low, high = stats.t.interval(0.95, 14, means.mean(), stats.sem(means))
+    assert (found.mean, found.low, found.high) == pytest.approx((values.mean(), low, high))
+
+
+def test_dyadic_variance_equals_the_double_sum():
+    rng = np.random.default_rng(1)
+    members = [m for m in DESIGNS["pairs"] for _ in range(2)]
+    effect = dict(zip(SUBJECTS, rng.normal(size=15), strict=True))
+    x = np.array([effect[a] + effect[b] for a, b in members]) + rng.normal(size=len(members))
+    e = x - x.mean()
+    shared = np.array([[bool(set(a) & set(b)) for b in members] for a in members])
+    variance = (e @ shared @ e) / len(x) ** 2 / (1 - shared.mean())
+    found = interval(x, members)
+    assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 14) * np.sqrt(variance))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_coverage_at_fifteen_subjects(design, noise):
+    rng = np.random.default_rng(2)
+    members, repeats = DESIGNS[design], 6000
+    index = np.array([[SUBJECTS.index(name) for name in m] for m in members])
+    effects = rng.normal(size=(15, repeats))[index].sum(axis=1)
+    x = np.repeat(effects + noise * rng.normal(size=effects.shape), 4, axis=0)
+    x += noise * rng.normal(size=x.shape)
+    _, low, high = cluster_intervals(x, [m for m in members for _ in range(4)])
+    assert 0.93 <= ((low <= 0) & (high >= 0)).mean() <= 0.97
+
+
+def test_paired_difference_is_that_of_the_differences():
+    rng = np.random.default_rng(3)
+    keys = [(name, prompt) for name in SUBJECTS for prompt in range(3)]
+    a, b = (dict(zip(keys, rng.normal(size=len(keys)), strict=True)) for _ in range(2))
+    members = {key: (key[0],) for key in keys}
+    direct = interval([a[k] - b[k] for k in keys], [members[k] for k in keys])
+    found = difference(a, b, members)
+    assert (found.mean, found.low, found.high) == pytest.approx((direct.mean, direct.low, direct.high))
+    del b[keys[0]]
+    with pytest.raises(ValueError, match="one side only"):
+        difference(a, b, members)
+
+
+def test_ratio_covers():
+    rng = np.random.default_rng(4)
+    inside = 0
+    for _ in range(400):
+        b = rng.normal(1, 0.2, size=15)
+        a = 0.5 * b + rng.normal(0, 0.2, size=15)
+        found = ratio(a, b, DESIGNS["single"])
+        inside += found.low <= 0.5 <= found.high
+    assert 0.92 <= inside / 400 <= 0.98
+
+
+@pytest.mark.parametrize("members", [[("a",)] * 3, [("a", "b"), ("b", "c"), ("a", "c")]])
+def test_too_few_independent_subjects_give_no_interval(members):
+    found = interval([1.0, 2.0, 3.0], members)
+    assert found.mean == 2
+    assert np.isnan(found.low)
+    assert np.isnan(found.high)
+
+
+def test_values_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        interval([1.0, np.nan], [("a",), ("b",)])
+    with pytest.raises(ValueError, match="N, R"):
+        interval([], [])
