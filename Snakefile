@@ -11,7 +11,10 @@ from moa.config import check
 min_version("9.27")
 
 
-configfile: "config/miniature.yaml"
+# A configuration file with the key `preset` stands alone; one without it changes the miniature's.
+if "preset" not in config:
+
+    configfile: "config/miniature.yaml"
 
 
 check(config, workflow.source_path("workflow/schemas/config.schema.json"))
@@ -35,9 +38,11 @@ include: "workflow/rules/pretrain.smk"
 rule all:
     default_target: True
     input:
+        f"{OUT}/report.html",
         f"{OUT}/samples.parquet",
         TABLES,
         FIGURES,
+        f"{OUT}/notebooks/router_maps.ipynb",
         f"{OUT}/data/card.md",
 
 

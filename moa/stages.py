@@ -104,6 +104,9 @@ STAGES: dict[str, Stage] = {
     "figure-training": Stage("moa.figures.curves:training", "draw the losses"),
     "figure-scores": Stage("moa.figures.curves:scores", "draw the main table"),
     "figure-router": Stage("moa.figures.router_maps:router_maps", "draw router maps"),
+    "report": Stage("moa.report:run", "show a whole run in one HTML file"),
+    "gates": Stage("moa.miniature.gates:run", "measure the miniature's models", "gates"),
+    "cards": Stage("moa.miniature.cards:run", "write the model cards"),
     "score": Stage("moa.evaluation.score:score", "score images", "evaluate.score", JUDGES | DEVICE),
     "pretrain": Stage(
         "moa.miniature.pretrain:run", "train one of the miniature's models", "pretrain.{model}"
@@ -144,18 +147,18 @@ def shards(config: Config, split: str) -> int:
 
 
 def model_files(config: Config, role: str) -> list[str]:
-    """Files of the model that plays `role`, sorted; none for a model of the hub, whose revision is a setting.
+    """Files of the model that plays `role`, sorted; none for one of the hub, whose revision is a setting.
 
-    Raises FileNotFoundError naming the key if the model should lie in a folder and does not.
+    Raises FileNotFoundError naming the key if it should lie below `weights` and does not.
     """
-    source = get(config, f"models.{role}.id")
+    source = config["models"][role].get("id")
+    if source is None:
+        return []
     path = Path(source)
-    if path.is_file():
-        return [source]
-    files = sorted(str(file) for file in path.rglob("*") if file.is_file()) if path.is_dir() else []
-    if not files and source.count("/") != 1:
+    files = [source] if path.is_file() else sorted(str(file) for file in path.rglob("*") if file.is_file())
+    if not files and "weights" in config and source.startswith(str(config["weights"])):
         raise FileNotFoundError(
-            f"models.{role}.id: no model in the folder {source}; correct the key `weights`, or run "
-            "`snakemake pretrain` and set `weights` to the folder that it fills"
+            f"models.{role}.id: there is no model in {source}; correct the key `weights`, or train models "
+            "with `snakemake pretrain` and set `weights` to results/pretrain/weights"
         )
     return files

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moa import stages
 from moa.config import resolve
+from moa.hashing import code_hash
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
@@ -37,3 +38,13 @@ def models(*roles):
 def shards(folder, split):
     """All shards of a split in one of the data folders."""
     return [f"{OUT}/data/{folder}/{split}-{n:03d}.parquet" for n in range(stages.shards(CONFIG, split))]
+
+
+def results(wildcards):
+    """The folder that everything of a run lies in."""
+    return OUT
+
+
+def parts(kind, *folder):
+    """The shards of a kind of requests, or of what a method made of them, below a folder."""
+    return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]

@@ -1,49 +1,77 @@
 # Photos → captions, segments → training records. One job a shard.
+ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
 
 
-rule render:
-    output:
-        raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
-        truth=f"{OUT}/data/truth/{{split}}-{{shard}}.parquet",
-    log:
-        f"{OUT}/logs/render/{{split}}-{{shard}}.log",
-    benchmark:
-        f"{OUT}/benchmarks/render/{{split}}-{{shard}}.tsv"
-    conda:
-        "../../envs/miniature.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-    params:
-        config=settings("render"),
-        code=code("render"),
-    message:
-        "Drawing photos {wildcards.split}-{wildcards.shard}"
-    shell:
-        "python -m moa render --config {params.config:q} --split {wildcards.split} --shard {wildcards.shard}"
-        " --raw {output.raw} --truth {output.truth} > {log} 2>&1"
+if CONFIG["source"] == "miniature":
 
+    rule render:
+        output:
+            raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+            truth=f"{OUT}/data/truth/{{split}}-{{shard}}.parquet",
+        log:
+            f"{OUT}/logs/render/{{split}}-{{shard}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/render/{{split}}-{{shard}}.tsv"
+        conda:
+            "../../envs/miniature.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("render"),
+            code=code("render"),
+        message:
+            "Drawing photos {wildcards.split}-{wildcards.shard}"
+        shell:
+            "python -m moa render --config {params.config:q} --split {wildcards.split} --shard {wildcards.shard}"
+            " --raw {output.raw} --truth {output.truth} > {log} 2>&1"
 
-rule render_subjects:
-    output:
-        f"{OUT}/subjects/{{split}}.parquet",
-    log:
-        f"{OUT}/logs/render_subjects/{{split}}.log",
-    benchmark:
-        f"{OUT}/benchmarks/render_subjects/{{split}}.tsv"
-    conda:
-        "../../envs/miniature.yaml"
-    threads: 1
-    resources:
-        mem_mb=1000,
-    params:
-        config=settings("render-subjects"),
-        code=code("render-subjects"),
-    message:
-        "Drawing a photo of each subject of {wildcards.split}"
-    shell:
-        "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
-        " --output {output} > {log} 2>&1"
+    rule render_subjects:
+        output:
+            f"{OUT}/subjects/{{split}}.parquet",
+        log:
+            f"{OUT}/logs/render_subjects/{{split}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/render_subjects/{{split}}.tsv"
+        conda:
+            "../../envs/miniature.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("render-subjects"),
+            code=code("render-subjects"),
+        message:
+            "Drawing a photo of each subject of {wildcards.split}"
+        shell:
+            "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
+            " --output {output} > {log} 2>&1"
+
+else:
+
+    rule photos:
+        output:
+            f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        log:
+            f"{OUT}/logs/photos/{{split}}-{{shard}}.log",
+        conda:
+            "../../envs/models.yaml"
+        message:
+            "{output}: no rule fetches photographs yet. Write this shard yourself; docs/schemas.md has its columns."
+        shell:
+            "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
+
+    rule subject_photos:
+        output:
+            f"{OUT}/subjects/{{split}}.parquet",
+        log:
+            f"{OUT}/logs/subject_photos/{{split}}.log",
+        conda:
+            "../../envs/models.yaml"
+        message:
+            "{output}: no rule fetches photographs yet. Write this file yourself; docs/schemas.md has its columns."
+        shell:
+            "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
 
 
 rule caption:

@@ -8,7 +8,7 @@ QUALITY = [
     f"{OUT}/tables/{name}{form}" for name in ("main", "multi", "context") for form in (".csv", ".md", ".tex")
 ]
 DETAILS = [f"{OUT}/tables/{name}.csv" for name in ("differences", "progress", "groups")]
-TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", f"{OUT}/tables/router.csv"]
+TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", f"{OUT}/tables/router.csv", *ANNOTATION]
 
 
 rule score:
@@ -32,7 +32,7 @@ rule score:
     params:
         config=settings("score"),
         code=code("score"),
-        results=OUT,
+        results=results,
     message:
         "Scoring {wildcards.method}"
     shell:
@@ -74,7 +74,7 @@ rule compare_swaps:
         mem_mb=1000,
     params:
         code=code("compare-swaps"),
-        results=OUT,
+        results=results,
     message:
         "Comparing images of one prompt and noise with different subjects"
     shell:

@@ -17,7 +17,7 @@ rule grid:
         "../../envs/models.yaml"
     params:
         code=lambda wildcards: code(f"figure-{wildcards.grid}")(wildcards),
-        results=OUT,
+        results=results,
     message:
         "Drawing the grid {wildcards.grid}"
     shell:
@@ -75,3 +75,45 @@ rule router_figure:
         "Drawing router maps"
     shell:
         "python -m moa figure-router --maps {input} --output {output} > {log} 2>&1"
+
+
+rule router_notebook:
+    input:
+        rows=f"{OUT}/router/rows.parquet",
+        maps=f"{OUT}/router/maps.safetensors",
+    output:
+        f"{OUT}/notebooks/router_maps.ipynb",
+    log:
+        notebook=f"{OUT}/notebooks/router_maps.ipynb",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=lambda wildcards: code_hash("moa.figures.router_maps", "moa.evaluation.maps"),
+    message:
+        "Running the router-map notebook"
+    notebook:
+        "../../notebooks/router_maps.ipynb"
+
+
+rule html_report:
+    input:
+        TABLES,
+        FIGURES,
+        f"{OUT}/notebooks/router_maps.ipynb",
+        f"{OUT}/data/card.md",
+        expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
+        template="moa/report.html",
+    output:
+        f"{OUT}/report.html",
+    log:
+        f"{OUT}/logs/report.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        config=lambda wildcards: json.dumps(CONFIG),
+        code=code("report"),
+        results=results,
+    message:
+        "Writing the report: {output}"
+    shell:
+        "python -m moa report --results {params.results} --config {params.config:q} --output {output} > {log} 2>&1"

@@ -3,11 +3,6 @@ METHODS = CONFIG["methods"]  # method: kinds
 TRAINED = {"moa": "moa", "moa_wrong_subject": "moa", "fastcomposer": "fastcomposer"}  # method: what it needs
 
 
-def parts(kind, *folder):
-    """The shards of a kind of requests, or of what a method made of them, below a folder."""
-    return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
-
-
 rule plan:
     input:
         protocol=CONFIG["protocol"],
@@ -53,7 +48,7 @@ rule generate:
         config=settings("generate-shard"),
         code=code("generate-shard"),
         trained=lambda wildcards, input: f"--trained {input.trained}" if input.trained else "",
-        root=OUT,
+        root=results,
     message:
         "Making images: {wildcards.method}, {wildcards.kind}"
     shell:

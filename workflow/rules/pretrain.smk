@@ -36,8 +36,8 @@ rule pretrain_model:
         config=settings("pretrain"),
         code=code("pretrain"),
         parts=lambda wildcards, input: " ".join(f"--{name} {path}" for name, path in input.items()),
-        cache=f"{PRETRAINED}/corpus",
-        checkpoints=f"{PRETRAINED}/runs",
+        cache=lambda wildcards: f"{PRETRAINED}/corpus",
+        checkpoints=lambda wildcards: f"{PRETRAINED}/runs",
     message:
         "Pretraining the miniature's {wildcards.model}"
     shell:

@@ -1,0 +1,175 @@
+"""One HTML file that shows a whole run: tables, figures, notebook, data, configuration and versions.
+
+Entry point, called by `python -m moa report`:
+
+    run(results, config, output)
+
+Everything is embedded, so the file can be sent to someone. It only reads what other stages wrote.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from moa.data.records import write_atomically
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "snakemake", "numpy", "pandas", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: files below the results folder, shown if they are there, and what they mean."""
+
+    title: str
+    text: str
+    files: tuple[str, ...]
+
+
+SECTIONS = (
+    Section(
+        "Result",
+        "IP: identity preservation, the cosine between the generated and the real face, 0..1. PC: prompt "
+        "consistency, the cosine between image and prompt. Intervals are 95 %, with the subject as the unit. "
+        "Rows whose source is `published` were measured by others on photographs: they are for orientation "
+        "and cannot be compared with ours in the miniature world.",
+        ("tables/main.csv", "figures/scores.png", "figures/benchmark.png"),
+    ),
+    Section(
+        "Differences, and the way from floor to ceiling",
+        "Differences are paired: the same subject, prompt and noise. `prior` and `moa_wrong_subject` are "
+        "floors, `ceiling` is the true subject drawn again and sent through the autoencoder.",
+        ("tables/differences.csv", "tables/progress.csv"),
+    ),
+    Section("Two subjects", "", ("tables/multi.csv", "figures/pairs.png")),
+    Section(
+        "Subject swap: what stays when the subject changes",
+        "Along a row noise and prompt stay and the subject changes. PSNR and SSIM compare pixels outside "
+        "both subjects' dilated masks.",
+        ("tables/context.csv", "figures/swap.png"),
+    ),
+    Section(
+        "Router",
+        "Weight of the frozen prior, inside and beside the subjects, by layer and timestep.",
+        ("tables/router.csv", "figures/router.png", "notebooks/*.ipynb"),
+    ),
+    Section("By kind of prompt", "", ("tables/groups.csv",)),
+    Section("Training", "", ("figures/training.png", "train/moa/*.png", "train/fastcomposer/*.png")),
+    Section("Cost on this machine", "", ("tables/cost.csv",)),
+    Section(
+        "Data",
+        "The annotators' errors are measured against the renderer's truth, where there is one.",
+        ("data/card.md", "tables/annotation.csv", "data/card.png"),
+    ),
+)
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+
+def cell(text: str) -> str:
+    """A table's cell: numbers with as many digits as a person reads."""
+    try:
+        number = float(text)
+    except ValueError:
+        return escape(text)
+    whole = number.is_integer() and "." not in text and "e" not in text.lower()
+    return f"{int(number):,}" if whole else f"{number:.4g}" if abs(number) < 1 else f"{number:,.2f}"
+
+
+def table_html(path: Path) -> str:
+    """A CSV file as an HTML table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    body = "".join(
+        f"<tr{' class=published' if 'published' in row else ''}>"
+        + "".join(f"<td>{cell(v)}</td>" for v in row)
+        + "</tr>"
+        for row in rows[1:]
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def image_html(data: str, name: str) -> str:
+    """An embedded PNG, from base64."""
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+
+
+def notebook_html(notebook: Mapping[str, Any]) -> str:
+    """A notebook's texts, pictures and printed lines, without its code."""
+    parts = []
+    for entry in notebook["cells"]:
+        if entry["cell_type"] == "markdown":
+            title, _, text = "".join(entry["source"]).partition("\n")
+            mark = "h3" if title.startswith("#") else "p"
+            parts.append(f"<{mark}>{escape(title.lstrip('# '))}</{mark}><p>{escape(text)}</p>")
+        for shown in entry.get("outputs", ()):
+            data = shown.get("data", {})
+            if "image/png" in data:
+                parts.append(image_html("".join(data["image/png"]), "figure of the notebook"))
+            elif text := data.get("text/markdown") or shown.get("text"):
+                parts.append(f"<pre>{escape(''.join(text))}</pre>")
+    return "".join(parts)
+
+
+def file_html(path: Path) -> str:
+    """A file of a run as HTML: CSV as a table, PNG embedded, the rest as text."""
+    if path.suffix == ".csv":
+        return table_html(path)
+    if path.suffix == ".png":
+        return image_html(base64.b64encode(path.read_bytes()).decode(), path.name)
+    if path.suffix == ".ipynb":
+        return notebook_html(json.loads(path.read_text(encoding="utf-8")))
+    return f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
+
+
+def section(results: Path, part: Section) -> dict[str, Any] | None:
+    """What the page's template shows of a section; None if none of its files is there."""
+    files = [path for pattern in part.files for path in sorted(results.glob(pattern))]
+    if not files:
+        return None
+    parts = [(path.relative_to(results).as_posix(), file_html(path)) for path in files]
+    return {"title": part.title, "text": part.text, "parts": parts}
+
+
+def installed(package: str) -> str | None:
+    """A package's version; None where it is not installed, as Snakemake is not inside a conda environment."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def run(results: Path, config: str, output: Path) -> None:
+    """Write the report.
+
+    Args:
+        results: folder of a run.
+        config: its whole configuration as JSON.
+        output: HTML file to write.
+    """
+    settings = json.loads(config)
+    versions = [("Python", platform.python_version()), ("platform", platform.platform())]
+    versions += [(name, found) for name in PACKAGES if (found := installed(name))]
+    notebooks = sorted((results / "notebooks").glob("*.ipynb"))
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    text = page.render(
+        title=f"Mixture-of-Attention, preset {settings['preset']}",
+        sections=[found for part in SECTIONS if (found := section(results, part))],
+        notebook=notebooks[0].relative_to(results).as_posix() if notebooks else "",
+        config=json.dumps(settings, indent=1),
+        versions=versions,
+    )
+    write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))
