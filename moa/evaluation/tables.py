@@ -16,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from moa.data.errors import DataError
@@ -338,7 +339,7 @@ def costs(
     trained = {method: training_cost(path) for method, path in map(_named_path, training)}
     peaks: dict[str, float] = {}
     for method, path in map(_named_path, memory):
-        peaks[method] = max(peaks.get(method, 0.0), peak_memory(path))
+        peaks[method] = float(np.fmax(peaks.get(method, math.nan), peak_memory(path)))
     save(cost(samples.read(sample_files), trained, peaks), output)
 
 

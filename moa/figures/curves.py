@@ -43,7 +43,10 @@ def read_columns(path: str | Path, needed: Sequence[str]) -> dict[str, np.ndarra
         missing = [name for name in needed if not rows or name not in rows[0]]
         if missing:
             raise DataError(f"{path} lacks the column {', '.join(missing)} or has no rows; make it again")
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+        return {
+            name: np.array([float("nan" if row[name] == "" else row[name]) for row in rows])
+            for name in rows[0]
+        }
     except (ValueError, TypeError) as error:
         if isinstance(error, DataError):
             raise

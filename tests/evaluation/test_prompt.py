@@ -60,20 +60,20 @@ def convert(model: torch.nn.Module) -> open_clip.CLIP:
     text, vision = config.text_config, config.vision_config
     other = open_clip.CLIP(
         embed_dim=config.projection_dim,
-        vision_cfg=dict(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            width=vision.hidden_size,
-            layers=vision.num_hidden_layers,
-            head_width=vision.hidden_size // vision.num_attention_heads,
-        ),
-        text_cfg=dict(
-            context_length=text.max_position_embeddings,
-            vocab_size=text.vocab_size,
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            layers=text.num_hidden_layers,
-        ),
+        vision_cfg={
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+        },
+        text_cfg={
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+        },
     )
     renamed = {
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],

@@ -1,0 +1,176 @@
+"""Tables are a function of samples alone, to the byte."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from evaluation_fakes import make_rows
+
+from moa.data.errors import DataError
+from moa.data.records import write_rows
+from moa.evaluation import samples, tables
+from moa.evaluation.samples import KEPT
+
+PUBLISHED = "config/published.yaml"
+
+
+def kept_rows(methods=("moa", "fastcomposer")):
+    rows = []
+    for m, method in enumerate(methods):
+        for a in range(4):
+            for b in range(a + 1, 4):
+                rows.append(
+                    {
+                        "method": method, "train_seed": 0, "split": "test", "kind": "swap", "prompt_id": "p",
+                        "index": 0, "subject": f"s{a}", "other": f"s{b}", "members": [f"s{a}", f"s{b}"],
+                        "psnr": None if (a, b) == (0, 1) and m else 30.0 - 5 * m + a + 0.5 * b,
+                        "ssim": None if (a, b) == (0, 1) and m else 0.9 - 0.1 * m, "outside": 0.5,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = make_rows("single") + make_rows("multi")
+    samples.write(tmp_path / "samples.parquet", rows)
+    write_rows(tmp_path / "kept.parquet", kept_rows(), KEPT)
+    return tmp_path
+
+
+def run(folder, output):
+    tables.tables([folder / "samples.parquet"], folder / "kept.parquet", PUBLISHED, output)
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+
+
+def read(text: bytes) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text.decode())))
+
+
+def test_main_table_has_the_promised_columns_and_rows(files):
+    made = run(files, files / "tables")
+    assert made["main.csv"].decode().splitlines()[0] == (
+        "method,source,images,ip,ip_low,ip_high,pc,pc_low,pc_high,found"
+    )
+    rows = read(made["main.csv"])
+    assert [r["method"] for r in rows[:3]] == ["prior", "moa", "ceiling"]
+    assert {r["source"] for r in rows} == {"measured", "published"}
+    own = next(r for r in rows if r["method"] == "moa")
+    scores = [r["ip"] for r in make_rows() if r["method"] == "moa"]
+    assert own["ip"] == f"{np.mean(scores):.4f}"
+    assert float(own["ip_low"]) < float(own["ip"]) < float(own["ip_high"])
+    assert (own["images"], own["found"]) == ("12", "0.8333")
+    paper = next(r for r in rows if r["method"] == "MoA")
+    assert (paper["ip"], paper["pc"], paper["ip_low"], paper["images"]) == ("0.5550", "0.2020", "", "")
+
+
+def test_tables_are_the_same_bytes_whatever_the_order(files):
+    before = run(files, files / "one")
+    rows = make_rows("single") + make_rows("multi")
+    samples.write(files / "samples.parquet", rows[::-1])
+    assert run(files, files / "two") == before
+    assert set(before) == {
+        *(f"{name}.{form}" for name in ("main", "multi", "context") for form in ("csv", "md", "tex")),
+        "differences.csv", "progress.csv", "groups.csv",
+    }  # fmt: skip
+
+
+def test_times_do_not_enter_quality_tables(files):
+    before = run(files, files / "one")
+    rows = [{**r, "seconds": 99.0} for r in make_rows("single") + make_rows("multi")]
+    samples.write(files / "samples.parquet", rows)
+    assert run(files, files / "two") == before
+
+
+def test_differences_are_paired_and_progress_is_a_share(files):
+    made = run(files, files / "tables")
+    row = next(
+        r for r in read(made["differences.csv"])
+        if (r["kind"], r["metric"], r["method"], r["minus"]) == ("single", "ip", "moa", "prior")
+    )  # fmt: skip
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == ("0.3000",) * 3
+    way = next(r for r in read(made["progress.csv"]) if (r["kind"], r["method"]) == ("single", "moa"))
+    assert (way["way"], way["way_low"]) == ("0.5000", "0.5000")
+
+
+def test_methods_with_other_requests_are_not_compared(files):
+    rows = [r for r in make_rows("single") if not (r["method"] == "moa" and r["subject"] == "s0")]
+    samples.write(files / "samples.parquet", rows)
+    with pytest.raises(ValueError, match="one side only"):
+        run(files, files / "tables")
+
+
+def test_context_table_counts_what_was_left_out(files):
+    rows = read(run(files, files / "tables")["context.csv"])
+    moa, other, gap = rows
+    assert [(r["method"], r["minus"]) for r in rows] == [
+        ("moa", ""),
+        ("fastcomposer", ""),
+        ("fastcomposer", "moa"),
+    ]
+    assert (moa["pairs"], moa["left_out"], other["pairs"], other["left_out"]) == ("6", "0", "5", "1")
+    assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.0000", "-5.0000")
+
+
+def test_no_samples_is_said(files):
+    samples.write(files / "samples.parquet", [])
+    with pytest.raises(DataError, match="generate and score"):
+        run(files, files / "tables")
+
+
+def test_one_subject_has_means_but_no_intervals(files):
+    samples.write(files / "samples.parquet", [r for r in make_rows("single") if r["subject"] == "s1"])
+    row = read(run(files, files / "tables")["main.csv"])[0]
+    assert row["ip"]
+    assert row["ip_low"] == row["ip_high"] == ""
+
+
+def test_reading_forms():
+    table = tables.Table(("method", "x", "x_low", "x_high", "n"), [
+        {"method": "a_b", "x": 0.5, "x_low": 0.41, "x_high": 0.59, "n": 3}, {"method": "c", "x": 1.0},
+    ], ("A note.",))  # fmt: skip
+    assert tables.to_markdown(table).splitlines() == [
+        "| method | x | n |", "| --- | --- | --- |", "| a_b | 0.500 [0.410, 0.590] | 3 |",
+        "| c | 1.000 |  |", "", "A note.",
+    ]  # fmt: skip
+    latex = tables.to_latex(table)
+    assert r"a\_b & 0.500 [0.410, 0.590] & 3 \\" in latex
+    assert latex.startswith(r"\begin{tabular}{lll}")
+    assert tables.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
+
+
+def test_costs(files):
+    about = {"trained_parameters": 7, "seconds": 60.5, "peak_memory_bytes": 3 * 2**20}
+    (files / "train.json").write_text(json.dumps(about))
+    for name, peak in (("a.tsv", "120.5"), ("b.tsv", "-")):
+        (files / name).write_text(f"s\tmax_rss\n1.0\t{peak}\n")
+    tables.costs(
+        [files / "samples.parquet"],
+        files / "cost.csv",
+        training=[f"moa={files / 'train.json'}"],
+        memory=[f"moa={files / 'a.tsv'}", f"moa={files / 'b.tsv'}", f"prior={files / 'b.tsv'}"],
+    )
+    rows = {r["method"]: r for r in read((files / "cost.csv").read_bytes())}
+    assert list(rows["moa"]) == list(tables.COST)
+    assert rows["moa"] == {
+        "method": "moa", "images": "24", "seconds_per_image": "0.5000", "peak_mb": "120.5000",
+        "trained_parameters": "7", "train_seconds": "60.5000", "train_peak_mb": "3.0000",
+    }  # fmt: skip
+    assert rows["prior"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
+    (files / "train.json").write_text("{}")
+    with pytest.raises(DataError, match=r"train\.json.*train again"):
+        tables.training_cost(files / "train.json")
+    (files / "a.tsv").write_text("s\n1\n")
+    with pytest.raises(DataError, match="max_rss"):
+        tables.peak_memory(files / "a.tsv")
+
+
+def test_published_rows_need_their_reference(tmp_path):
+    (tmp_path / "p.yaml").write_text("- {method: X, ip: 0.1, pc: 0.2}\n")
+    with pytest.raises(DataError, match="lacks reference"):
+        tables.read_published(tmp_path / "p.yaml")
+    assert len([r for r in tables.read_published(PUBLISHED) if "Table 3" in r["reference"]]) == 6
