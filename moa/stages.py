@@ -155,7 +155,9 @@ def model_files(config: Config, role: str) -> list[str]:
     if source is None:
         return []
     path = Path(source)
-    files = [source] if path.is_file() else sorted(str(file) for file in path.rglob("*") if file.is_file())
+    files = (
+        [source] if path.is_file() else sorted(str(file) for file in path.rglob("[!.]*") if file.is_file())
+    )
     if not files and "weights" in config and source.startswith(str(config["weights"])):
         raise FileNotFoundError(
             f"models.{role}.id: there is no model in {source}; correct the key `weights`, or train models "

@@ -11,7 +11,8 @@ wildcard_constraints:
 
 rule pretrain:
     input:
-        expand(f"{PRETRAINED}/weights/{{model}}", model=["prior", "image_encoder", *WHOLE]),
+        f"{PRETRAINED}/gates.csv",
+        f"{PRETRAINED}/cards.done",
 
 
 rule pretrain_model:
@@ -79,3 +80,48 @@ rule publish_model:
         "Putting the {wildcards.model} beside the other weights"
     shell:
         "cp -r {input} {output} > {log} 2>&1"
+
+
+rule gates:
+    input:
+        expand(f"{PRETRAINED}/weights/{{model}}", model=["prior", "image_encoder", *WHOLE]),
+    output:
+        csv=f"{PRETRAINED}/gates.csv",
+        samples=f"{PRETRAINED}/prior.png",
+    log:
+        f"{PRETRAINED}/logs/gates.log",
+    benchmark:
+        f"{PRETRAINED}/benchmarks/gates.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=4000,
+    params:
+        config=settings("gates"),
+        code=code("gates"),
+        weights=lambda wildcards, input: Path(input[0]).parent,
+        cache=lambda wildcards: f"{PRETRAINED}/corpus",
+    message:
+        "Measuring the pretrained models on held-out identities"
+    shell:
+        "python -m moa gates --config {params.config:q} --weights {params.weights} --cache {params.cache}"
+        " --output {output.csv} --samples {output.samples} > {log} 2>&1"
+
+
+rule model_cards:
+    input:
+        f"{PRETRAINED}/gates.csv",
+    output:
+        touch(f"{PRETRAINED}/cards.done"),
+    log:
+        f"{PRETRAINED}/logs/cards.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("cards"),
+        weights=lambda wildcards: f"{PRETRAINED}/weights",
+    message:
+        "Writing the model cards"
+    shell:
+        "python -m moa cards --weights {params.weights} --gates {input} > {log} 2>&1"

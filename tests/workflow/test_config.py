@@ -1,0 +1,104 @@
+"""A wrong configuration is an error that names the key, before anything runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moa.config import check, load, read
+from moa.hashing import ROOT
+from moa.schema import configuration, settings_class
+from moa.stages import STAGES, settings
+
+SCHEMA = ROOT / "workflow/schemas/config.schema.json"
+PRESETS = ("miniature", "paper")
+
+
+def preset(name: str) -> dict[str, Any]:
+    return read(ROOT / f"config/{name}.yaml")
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy(preset("miniature"))
+    *parents, last = key.split(".")
+    section = config
+    for name in parents:
+        section = section[name]
+    section[last] = value
+    return config
+
+
+def test_schema_is_up_to_date() -> None:
+    assert json.loads(SCHEMA.read_text()) == configuration(), (
+        f"run `python -m moa schema --output {SCHEMA.relative_to(ROOT)}`"
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    check(yaml.safe_load((ROOT / f"config/{name}.yaml").read_text()), SCHEMA)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_stage_loads_its_settings(name: str) -> None:
+    config, seen = preset(name), 0
+    for stage, entry in STAGES.items():
+        kind = settings_class(entry) if entry.section else None
+        only_miniature = entry.section in ("render", "gates") or entry.section.startswith("pretrain")
+        if kind is None or (name == "paper" and only_miniature):
+            continue
+        models = config["pretrain"] if "{model}" in entry.section else [""]
+        for model in models:
+            assert is_dataclass(load(kind, settings(stage, config, model=model), entry.section))
+            seen += 1
+    assert seen > 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("colour", 1, "unknown key colour"),
+        ("train.moa.learning_rate", 1.0, "unknown key train.moa.learning_rate"),
+        ("train.moa.lr", "1e-4", r"train\.moa\.lr: .*write 1\.0e-4"),
+        ("train.moa.steps", 1.5, r"train\.moa\.steps"),
+        ("generate.sampling.scheduler", "euler", r"generate\.sampling\.scheduler"),
+        ("models.prior.id", 3, r"models\.prior\.id"),
+        ("pretrain.vae.budget.stepz", 3, r"unknown key pretrain\.vae\.budget\.stepz"),
+        ("device", "tpu", "device"),
+    ],
+)
+def test_wrong_keys_are_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(changed(key, value), SCHEMA)
+
+
+def test_missing_key_is_named() -> None:
+    config = preset("miniature")
+    del config["models"]["prior"]
+    with pytest.raises(ValueError, match="models: 'prior' is a required property"):
+        check(config, SCHEMA)
+
+
+def test_loading_names_the_key_too() -> None:
+    from moa.training.config import TrainConfig
+
+    given = settings("train-moa", preset("miniature"))
+    with pytest.raises(ValueError, match=r"unknown key train\.moa\.lrr"):
+        load(TrainConfig, given | {"lrr": 1}, "train.moa")
+    with pytest.raises(ValueError, match=r"train\.moa\.steps must be a whole number"):
+        load(TrainConfig, given | {"steps": "many"}, "train.moa")
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"list\.yaml"):
+        read(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        read(tmp_path / "broken.yaml")
