@@ -11,6 +11,7 @@ alignment rejects and counts it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,11 @@ class CaptionConfig:
         return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": False}
 
 
+def mend(text: str) -> str:
+    """Single spaces, and none before punctuation, where tokenizers like CLIP's put one."""
+    return re.sub(r" (?=[,.;:!?])", "", " ".join(text.split()))
+
+
 class Captioner:
     """A loaded captioner: images in, captions out. Raises DataError if the model cannot be loaded."""
 
@@ -63,7 +69,7 @@ class Captioner:
         tokens = self.model.generate(pixel_values=pixels, **self.config.decoding)
         tokens = tokens[:, self._prefix(tokens) :]
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [mend(text) for text in texts]
 
     def _prefix(self, tokens: torch.Tensor) -> int:
         """How many leading tokens stand for the image: decoder-only models give them back."""

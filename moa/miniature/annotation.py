@@ -80,6 +80,7 @@ def read_facts(caption: str) -> tuple[list[Facts], Facts]:
 
     The inverse of `captions.task_caption`, forgiving about everything it does not know.
     """
+    caption = caption.replace(" - ", "-")  # "v - neck", as CLIP's tokenizer decodes it
     scene = _find(caption, "background", "BACKGROUNDS", "BACKGROUND_COLORS")
     people = person_phrases(caption)
     figures = [_figure_facts(p.word, clause(caption, people, i)) for i, p in enumerate(people)]

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
 from moa.data import caption, segment
-from moa.data.caption import CaptionConfig, Captioner
+from moa.data.caption import CaptionConfig, Captioner, mend
 from moa.data.errors import DataError
 from moa.data.records import (
     CAPTION,
@@ -246,3 +246,16 @@ def test_grey_transparent_and_deep_photos_are_read_as_rgb():
     cmyk = io.BytesIO()
     Image.new("CMYK", (2, 2), (0, 0, 0, 0)).save(cmyk, format="JPEG")
     assert decode_image({"bytes": cmyk.getvalue()}).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "mended"),
+    [
+        ("a man in a red hoodie , angry", "a man in a red hoodie, angry"),
+        ("two  men - close up .", "two men - close up."),
+        ("", ""),
+    ],
+)
+def test_the_captions_spaces_are_mended(decoded: str, mended: str) -> None:
+    """CLIP's tokenizer decodes with spaces around punctuation, which no reader or lexicon expects."""
+    assert mend(decoded) == mended
