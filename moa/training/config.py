@@ -47,7 +47,7 @@ class TrainConfig:
     zoom: float = 1.0  # crops are enlarged up to so many times
     brightness: float = 0.0  # crops are brightened or darkened by at most this share
     image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
-    attention: Literal["explicit", "sdpa"] = "explicit"  # same values; explicit trains faster on a CPU
+    attention: Literal["explicit", "sdpa"] = "sdpa"  # equal to rounding; which is faster depends on the CPU
     # Work
     cache: bool = True  # encode latents and captions once, in memory; false for large data
     workers: int = 0  # processes that load data; 0 = the training process itself

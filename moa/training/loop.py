@@ -199,15 +199,13 @@ class Trainer:
             progress.sums, progress.count = {}, 0
 
     def _milestones(self) -> None:
+        """Grid first, then checkpoint: a run that goes on from a checkpoint draws no grid of before it."""
         step, config = self.progress.step, self.config
-        due = (
-            step % config.checkpoint_every == 0
-            or time.monotonic() - self.saved_at > config.checkpoint_seconds
-        )
-        if due or step == config.steps:
-            self.save()
         if config.validate_every and (step % config.validate_every == 0 or step == config.steps):
             self.validate()
+        late = time.monotonic() - self.saved_at > config.checkpoint_seconds
+        if late or step % config.checkpoint_every == 0 or step == config.steps:
+            self.save()
 
     # --- Results ---
 

@@ -68,6 +68,27 @@ def test_interrupted_training_ends_the_same(name, ema, models, shards, subjects,
     assert_same(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_stopped_right_after_a_checkpoint_nothing_is_lost(
+    step, models, shards, subjects, tmp_path, monkeypatch
+):
+    config = tiny.config(models, checkpoint_every=2, validate_every=2, validation_prompts=PROMPTS)
+    moa.run(config, shards, subjects, tmp_path / "whole" / "moa")
+    save = Trainer.save
+
+    def stop(self):
+        save(self)
+        if self.progress.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        moa.run(config, shards, subjects, tmp_path / "parts" / "moa")
+    monkeypatch.undo()
+    moa.run(config, shards, subjects, tmp_path / "parts" / "moa")
+    assert_same(tmp_path / "whole" / "moa", tmp_path / "parts" / "moa")
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path
