@@ -1,4 +1,4 @@
-"""Settings: from YAML to frozen dataclasses. An unknown key or a wrong type is an error that names the key."""
+"""Settings: from YAML to frozen dataclasses. Unknown keys and wrong types are errors that name the key."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _join(key: str, name: object) -> str:
 
 
 def check(config: Mapping[str, Any], schema: str | Path) -> None:
-    """Check a whole configuration against its JSON schema. Raises ValueError naming every key that is wrong."""
+    """Check a whole configuration against its JSON schema. Raises ValueError naming the wrong keys."""
     import json
 
     from jsonschema import Draft202012Validator

@@ -159,7 +159,10 @@ def run(results: Path, config: str, output: Path) -> None:
         output: HTML file to write.
     """
     settings = json.loads(config)
-    versions = [("Python", platform.python_version()), ("platform", platform.platform())]
+    versions: list[tuple[str, str]] = [
+        ("Python", platform.python_version()),
+        ("platform", platform.platform()),
+    ]
     versions += [(name, found) for name in PACKAGES if (found := installed(name))]
     notebooks = sorted((results / "notebooks").glob("*.ipynb"))
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
@@ -167,7 +170,7 @@ def run(results: Path, config: str, output: Path) -> None:
     )
     text = page.render(
         title=f"Mixture-of-Attention, preset {settings['preset']}",
-        sections=[found for part in SECTIONS if (found := section(results, part))],
+        sections=[shown for part in SECTIONS if (shown := section(results, part))],
         notebook=notebooks[0].relative_to(results).as_posix() if notebooks else "",
         config=json.dumps(settings, indent=1),
         versions=versions,

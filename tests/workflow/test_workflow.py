@@ -56,6 +56,7 @@ PROTOCOL = {
         "kinds": {"single": {"images": 6, "prompts": {"x": ["a {S} in a red hat", "a {S} in blue"]}}},
     },
 }
+UNUSED = ("captioner", "segmenter", "clip_judge", "identity", "detector")
 TRAINED, MADE = "results/tiny/train/moa", "results/tiny/made/moa/test-single-000.parquet"
 
 
@@ -72,7 +73,11 @@ def prepare(project: Path) -> None:
     changes = {
         "output": "results/tiny",
         "protocol": "protocol.yaml",
-        "models": {"prior": {"id": prior.id}, "image_encoder": {"id": image_encoder.id}},
+        "models": {
+            **{role: {"id": "not/used"} for role in UNUSED},
+            "prior": {"id": prior.id},
+            "image_encoder": {"id": image_encoder.id},
+        },
         "render": {"train": 12, "validation": 6, "shard_size": 6},
         "train": {"moa": {"steps": 60, "batch_size": 4, "checkpoint_every": 5, "validate_every": 0}},
         "generate": {"sampling": {"steps": 6, "batch_size": 2}},
