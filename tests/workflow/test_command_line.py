@@ -1,0 +1,75 @@
+"""`python -m moa`: options follow the stages' signatures, errors are one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moa import __main__ as command_line
+from moa.hashing import ROOT, used_modules
+from moa.stages import STAGES
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moa", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command_line.run([name, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m moa {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_code_of_every_stage_is_known(name: str) -> None:
+    entry = STAGES[name]
+    assert entry.module in used_modules(entry.module, *entry.registers)
+
+
+def test_settings_as_json_and_as_file_are_the_same(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("json.parquet", "file.parquet")]
+    (tmp_path / "config.yaml").write_text("render: {train: 2, validation: 1, shard_size: 2, size: 32}")
+    configs = [
+        json.dumps({"train": 2, "validation": 1, "shard_size": 2, "size": 32}),
+        str(tmp_path / "config.yaml"),
+    ]
+    for config, file in zip(configs, files, strict=True):
+        shard = ["--split", "train", "--shard", "0", "--raw", str(file), "--truth", f"{file}.truth"]
+        command_line.run(["render", "--config", config, *shard])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
+    shard = ("--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b"))
+    done = run("render", "--config", '{"sise": 64}', *shard)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
+
+
+def test_several_values_and_repeated_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def stage(files: list[Path], count: int = 1, flag: bool = False, names: tuple[str, ...] = ("a",)) -> None:
+        seen.update(files=files, count=count, flag=flag, names=names)
+
+    monkeypatch.setattr(command_line, "_function", lambda name: (stage, _hints(stage)))
+    command_line.run(["merge", "--files", "a", "b", "--files", "c", "--flag", "--names", "x", "y"])
+    assert seen == {"files": [Path("a"), Path("b"), Path("c")], "count": 1, "flag": True, "names": ["x", "y"]}
+
+
+def _hints(function: object) -> dict:
+    return {
+        "files": list[Path],
+        "count": int,
+        "flag": bool,
+        "names": tuple[str, ...],
+        "return": type(None),
+    }

@@ -1,0 +1,58 @@
+"""The report shows what there is, whole and readable, and escapes what it shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from moa import report
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for folder in ("tables", "figures", "notebooks"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tables/main.csv").write_text(
+        "method,source,images,ip,found\nmoa,measured,150,0.81234,\n<b>,published,,0.5,\n"
+    )
+    Image.new("RGB", (4, 4)).save(tmp_path / "figures/benchmark.png")
+    cells = [
+        {"cell_type": "markdown", "source": ["# Router\n", "A < B"]},
+        {
+            "cell_type": "code",
+            "source": ["1"],
+            "outputs": [{"data": {"image/png": "AAAA"}}, {"text": ["five\n"]}],
+        },
+    ]
+    (tmp_path / "notebooks/router_maps.ipynb").write_text(json.dumps({"cells": cells}))
+    return tmp_path
+
+
+def test_everything_is_in_one_file(results: Path) -> None:
+    report.run(results, json.dumps({"preset": "tiny", "note": "<i>"}), results / "report.html")
+    page = (results / "report.html").read_text()
+    assert "<td>0.8123</td>" in page
+    assert "<td>150</td>" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "<h3>Router</h3><p>A &lt; B</p>" in page
+    assert "five" in page
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert 'src="http' not in page
+
+
+def test_sections_without_files_are_left_out(results: Path) -> None:
+    report.run(results, json.dumps({"preset": "tiny"}), results / "report.html")
+    assert "Two subjects" not in (results / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("12000", "12,000"), ("0.5", "0.5"), ("3.14159", "3.14"), ("", ""), ("nan", "nan"), ("a", "a")],
+)
+def test_cells(text: str, shown: str) -> None:
+    assert report.cell(text) == shown
