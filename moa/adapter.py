@@ -302,8 +302,8 @@ class Installation:
             if not isinstance(processor, MoAAttnProcessor):
                 raise RuntimeError(
                     f"{name} lost its MoA layer to a {type(processor).__name__}: attention slicing, "
-                    "xformers, fused projections and IP-Adapters replace attention processors. Leave them out "
-                    "or switch them off, then call adapter.install(unet) again"
+                    "xformers, fused projections and IP-Adapters replace attention processors. Leave them "
+                    "out or switch them off, then call adapter.install(unet) again"
                 )
 
     def before_forward(

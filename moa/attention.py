@@ -200,8 +200,8 @@ class MoALayer(nn.Module):
         for name, source in sources.items():
             if not isinstance(source, nn.Linear):
                 raise TypeError(
-                    f"the U-Net's {name} projection is a {type(source).__name__}, no plain nn.Linear: "
-                    "make the adapter before a LoRA is loaded (pipe.unload_lora_weights()) or weights quantized"
+                    f"the U-Net's {name} projection is a {type(source).__name__}, no plain nn.Linear: make the "
+                    "adapter before weights are quantized or a LoRA loaded (pipe.unload_lora_weights())"
                 )
             for expert in self.experts:
                 getattr(expert, name).load_state_dict(source.state_dict())

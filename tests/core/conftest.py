@@ -20,19 +20,34 @@ from moa import MoAAdapter, MoAContext, SubjectConditioner
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 24, 20, 20
 
-UNET = dict(
-    sample_size=16,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(16, 32, 32),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=TEXT_DIM,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
-WORDS = ["a", "man", "woman", "men", "and", "with", "red", "hat", "on", "horse", "photo", "of", "the", "person"]
+UNET = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32, 32),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": TEXT_DIM,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+WORDS = [
+    "a",
+    "man",
+    "woman",
+    "men",
+    "and",
+    "with",
+    "red",
+    "hat",
+    "on",
+    "horse",
+    "photo",
+    "of",
+    "the",
+    "person",
+]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -130,13 +145,21 @@ def vae():
 def base(vae, text_encoder, tokenizer, unet):
     """The prior: a plain StableDiffusionPipeline."""
     pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, DDIMScheduler(clip_sample=False), None, None, None, False
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        DDIMScheduler(clip_sample=False, steps_offset=1),
+        None,
+        None,
+        None,
+        False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def scramble(adapter, scale=0.3, seed=5):
+def scramble(adapter, scale=0.1, seed=5):
     """As if trained: experts away from the prior, routers that prefer one or the other, random prompts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -169,7 +192,7 @@ def inputs():
 
 @pytest.fixture
 def make_context(inputs):
-    """make_context(present=[…], prior_only=[…]): a context for `inputs`, two subjects a sample at tokens 2, 5."""
+    """make_context(present=[…], prior_only=[…]): a context for `inputs`, two subjects at tokens 2, 5."""
 
     def make(present=((True, True), (True, False), (False, False)), prior_only=(False, False, False), **rest):
         generator = torch.Generator().manual_seed(8)

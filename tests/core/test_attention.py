@@ -115,7 +115,11 @@ def test_rows_fixed_to_the_prior_are_the_prior_and_the_others_are_mixed(cross):
     some = LayerInput(
         everything.text[rows], everything.prompts[:, rows], *[everything.token[rows]] * 2, rows, True, None
     )
-    mixed, plain, all_mixed = attn(hidden, text, moa=some), attn(hidden, text), attn(hidden, text, moa=everything)
+    mixed, plain, all_mixed = (
+        attn(hidden, text, moa=some),
+        attn(hidden, text),
+        attn(hidden, text, moa=everything),
+    )
     assert torch.equal(mixed[1], plain[1])
     torch.testing.assert_close(mixed[rows], all_mixed[rows])
 
@@ -141,7 +145,8 @@ def test_a_recorder_gets_router_and_maps_of_its_layers_and_changes_nothing():
     condition[1], condition[4] = given.prompts[0, 0]
     query, key = layer.experts[0].query(hidden[0]), layer.experts[0].key(condition)
     by_hand = [
-        torch.softmax(q @ k.mT / 2, -1)[:, 4] for q, k in zip(query.chunk(2, -1), key.chunk(2, -1), strict=True)
+        torch.softmax(q @ k.mT / 2, -1)[:, 4]
+        for q, k in zip(query.chunk(2, -1), key.chunk(2, -1), strict=True)
     ]
     torch.testing.assert_close(maps[0, 1], torch.stack(by_hand).mean(0))
     given.recorder = Recorder(layers=["another"])

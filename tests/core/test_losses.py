@@ -72,7 +72,7 @@ def test_object_loss_skips_padding_and_samples_without_subject():
     assert object_loss({"a": maps}, mask, torch.zeros(3, 2, dtype=torch.bool)) == 0
 
 
-def test_a_nan_in_padding_reaches_no_gradient():
+def test_padding_gets_no_gradient():
     maps = torch.rand(1, 2, 256, requires_grad=True)
     masks = torch.cat([square(), torch.zeros(1, 1, 16, 16)], 1)
     object_loss({"a": maps}, masks, torch.tensor([[True, False]])).backward()
@@ -83,14 +83,20 @@ def test_a_nan_in_padding_reaches_no_gradient():
 
 @pytest.mark.parametrize(
     ("pixels", "height", "width", "expected"),
-    [(64, 16, 16, (8, 8)), (96, 16, 24, (8, 12)), (25, 9, 9, (5, 5)), (15, 9, 5, (5, 3)), (64, 64, 64, (8, 8))],
+    [
+        (64, 16, 16, (8, 8)),
+        (96, 16, 24, (8, 12)),
+        (25, 9, 9, (5, 5)),
+        (15, 9, 5, (5, 3)),
+        (64, 64, 64, (8, 8)),
+    ],
 )
 def test_map_sizes_follow_the_halvings_of_the_latents(pixels, height, width, expected):
     assert map_size(pixels, height, width) == expected
 
 
 def test_a_map_that_fits_no_halving_is_an_error():
-    with pytest.raises(ValueError, match="60 pixels.*16 × 16"):
+    with pytest.raises(ValueError, match=r"60 pixels.*16 × 16"):
         map_size(60, 16, 16)
 
 

@@ -1,0 +1,314 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moa import Recorder
+from moa.conditioner import PromptEncoder, find_words
+from tests.core.conftest import IMAGE_DIM, TEXT_DIM, TOKENS
+
+PROMPT = "a man and a woman with a red hat"  # tokens: 0 start, 1 a, 2 man, 3 and, 4 a, 5 woman, …
+
+
+@pytest.fixture
+def conditioner(unet, make_adapter, make_conditioner):
+    return make_conditioner(make_adapter(unet))
+
+
+@pytest.fixture
+def prompts(tokenizer, text_encoder):
+    return PromptEncoder(tokenizer, text_encoder)
+
+
+# ── Words to tokens ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spans", "expected"),
+    [
+        (PROMPT, [(2, 5)], [2]),
+        (PROMPT, [(12, 17), (2, 5)], [5, 2]),
+        (PROMPT, [(0, 5)], [2]),
+        ("A  Man, and a WOMAN", [(3, 6), (14, 19)], [2, 6]),
+        ("a woman's hat", [(2, 7)], [2]),
+        ("photo (man)", [(7, 10)], [3]),
+        ("naïve man", [(6, 9)], [-1]),
+        ("a man zz", [(6, 8)], [4]),
+    ],
+)
+def test_a_span_ends_on_the_token_of_its_last_letters(prompts, tokenizer, prompt, spans, expected):
+    indices = prompts.token_indices(prompt, spans)
+    ids = tokenizer(prompt)["input_ids"]
+    if expected == [-1]:
+        expected = [ids.index(tokenizer.convert_tokens_to_ids("man</w>"))]
+    assert indices == expected
+    for index, (start, end) in zip(indices, spans, strict=True):
+        token = tokenizer.convert_ids_to_tokens(ids[index]).removesuffix("</w>")
+        assert prompt[start:end].lower().endswith(token)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "expected"),
+    [
+        (PROMPT, ["man"], [(2, 5)]),
+        (PROMPT, ["woman", "man"], [(12, 17), (2, 5)]),
+        ("a man and a man and a man", ["man", "man"], [(2, 5), (12, 15)]),
+        ("A MAN", ["man"], [(2, 5)]),
+        ("a red hat", ["red hat"], [(2, 9)]),
+        ("man-made man", ["Man", "man"], [(0, 3), (9, 12)]),
+    ],
+)
+def test_words_are_found_whole_and_in_turn(prompt, words, expected):
+    assert find_words(prompt, words) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "message"),
+    [
+        (PROMPT, ["dog"], "'dog' is not in the prompt 'a man and"),
+        ("a woman", ["man"], "'man' is not in"),
+        ("two men", ["man"], "'man' is not in"),
+        (PROMPT, ["man", "man"], "'man' is only 1 times in"),
+        (PROMPT, [""], "'' is not in"),
+        (PROMPT, [" "], "' ' is not in"),
+    ],
+)
+def test_words_that_are_not_in_the_prompt_are_errors(conditioner, prompt, words, message):
+    with pytest.raises(ValueError, match=message):
+        conditioner(prompt, subjects=[torch.zeros(IMAGE_DIM)] * len(words), words=words)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spans", "message"),
+    [
+        ("a woman", [(4, 7)], "cuts a word of the prompt 'a woman'"),
+        ("a man", [(2, 2)], "empty or outside"),
+        ("a man", [(2, 9)], "empty or outside"),
+        ("a man", [(-3, 2)], "empty or outside"),
+        ("a man  x", [(5, 6)], "no token of its own"),
+        ("a man", [(2, 5), (0, 5)], "share a token"),
+        (
+            "a " * (TOKENS - 2) + "man",
+            [(2 * TOKENS - 4, 2 * TOKENS - 1)],
+            f"'man' is token {TOKENS - 1}.*{TOKENS}",
+        ),
+        ("a 🐎 man", [(2, 3)], "does not know '🐎'"),
+    ],
+)
+def test_spans_that_name_no_token_are_errors(prompts, prompt, spans, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.token_indices(prompt, spans)
+
+
+def test_the_last_token_that_the_encoder_reads_may_be_a_subject(prompts):
+    prompt = "a " * (TOKENS - 3) + "man"
+    assert prompts.token_indices(prompt, find_words(prompt, ["man"])) == [TOKENS - 2]
+
+
+def test_a_cut_prompt_is_said_aloud(prompts, caplog):
+    with caplog.at_level(logging.WARNING):
+        prompts.token_indices("man " + "a " * 30, [(0, 3)])
+    assert f"cut after {TOKENS} of its 33 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [([0], "1 … 9"), ([10], "1 … 9"), ([2, 2], "share a token"), ([40], "not in the prompt")],
+)
+def test_explicit_tokens_are_checked(conditioner, tokens, message):
+    features = [torch.zeros(IMAGE_DIM)] * len(tokens)
+    assert conditioner(PROMPT, features[:1], tokens=[5]).context.token[-1].tolist() == [5]
+    with pytest.raises(ValueError, match=message):
+        conditioner(PROMPT, subjects=features, tokens=tokens)
+
+
+def test_a_tokenizer_without_offsets_is_refused(text_encoder):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(TypeError, match="Slow gives no character offsets"):
+        PromptEncoder(Slow(), text_encoder)
+
+
+def test_text_is_encoded_as_stable_diffusion_does(prompts, base):
+    embeds, negative = base.encode_prompt([PROMPT, "man " * 40], "cpu", 1, True)
+    assert torch.equal(prompts.encode_text([PROMPT, "man " * 40]), embeds)
+    assert torch.equal(prompts.encode_text(["", ""]), negative)
+
+
+# ── Batches ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_batch_is_laid_out_as_diffusers_lays_it_out(conditioner):
+    one, two, three = torch.eye(IMAGE_DIM)[:3]
+    out = conditioner(
+        ["a man", PROMPT, "a horse"],
+        subjects=[[one], [two, three], []],
+        words=[["man"], ["woman", "man"], []],
+        num_images_per_prompt=2,
+        negative_prompts="red",
+        prior_only=[False, False, True],
+    )
+    context = out.context
+    assert out.prompt_embeds.shape == out.negative_prompt_embeds.shape == (6, TOKENS, TEXT_DIM)
+    assert torch.equal(out.prompt_embeds[0], out.prompt_embeds[1])
+    assert torch.equal(context.text, torch.cat([out.negative_prompt_embeds, out.prompt_embeds]))
+    assert torch.equal(out.negative_prompt_embeds, conditioner.encode_text(["red"]).expand(6, -1, -1))
+    nobody = [[False, False]] * 6
+    assert context.present.tolist() == [
+        *nobody,
+        *[[True, False]] * 2,
+        *[[True, True]] * 2,
+        *[[False] * 2] * 2,
+    ]
+    assert context.token[6:].tolist() == [[2, 0], [2, 0], [5, 2], [5, 2], [0, 0], [0, 0]]
+    assert torch.equal(context.features[9], torch.stack([two, three]))
+    assert torch.equal(context.features[6, 0], one)
+    assert context.prior_only.tolist() == [False, False, False, False, True, True] * 2
+
+
+def test_without_guidance_there_is_no_unconditional_half(conditioner):
+    out = conditioner(["a man"], [[torch.zeros(IMAGE_DIM)]], words=[["man"]], guidance=False)
+    assert out.negative_prompt_embeds is None
+    assert "negative_prompt_embeds" not in dict(out)
+    assert out.context.text.shape[0] == 1
+
+
+def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
+    unet, make_adapter, make_conditioner
+):
+    conditioner = make_conditioner(make_adapter(unet), null_branch="prior", personalize_below=800)
+    assert conditioner("a man").context.prior_only.tolist() == [True, False]
+    assert conditioner("a man").context.personalize_below == 800
+    assert conditioner("a man", null_branch="expert").context.prior_only.tolist() == [False, False]
+    with pytest.raises(ValueError, match="null_branch: 'none'"):
+        conditioner("a man", null_branch="none")
+
+
+def test_a_single_prompt_takes_flat_lists_or_one_thing(conditioner, photo):
+    feature = conditioner.encode_photos([photo()])[0]
+    calls = [
+        {"subjects": [photo()], "words": ["man"]},
+        {"subjects": photo(), "words": "man"},
+        {"subjects": feature, "tokens": 2},
+        {"subjects": [feature], "spans": [(2, 5)]},
+        {"subjects": [np.asarray(photo())], "spans": ((2, 5),)},
+    ]
+    contexts = [conditioner(PROMPT, **call).context for call in calls]
+    for context in contexts:
+        assert context.token.tolist() == [[0], [2]]
+        torch.testing.assert_close(context.features, contexts[0].features)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompts": "a man", "subjects": ["f"]}, "without a place"),
+        (
+            {"prompts": "a man", "subjects": ["f"], "words": ["man"], "tokens": [2]},
+            "in one way, not by words and tokens",
+        ),
+        ({"prompts": "a man", "subjects": ["f", "f"], "words": ["man"]}, "2 subjects but 1 words.*'a man'"),
+        ({"prompts": "a man", "words": ["man"]}, "0 subjects but 1 words"),
+        (
+            {"prompts": ["a man", "a horse"], "subjects": [["f"]], "words": [["man"]]},
+            "subjects: 2 prompts take 2",
+        ),
+        (
+            {"prompts": ["a man", "a man"], "subjects": [["f"], []], "words": ["man", ""]},
+            "words: 2 prompts take",
+        ),
+        ({"prompts": ["a man"], "subjects": ["f"], "words": [["man"]]}, "subjects: 1 prompts take"),
+        ({"prompts": ["a man", "a man"], "prior_only": [True]}, "1 entries for 2 prompts"),
+        ({"prompts": ["a man"], "negative_prompts": ["a", "b"]}, "2 negative prompts for 1"),
+    ],
+)
+def test_counts_that_do_not_fit_are_errors(conditioner, call, message):
+    def fill(value):
+        if value == "f":
+            return torch.zeros(IMAGE_DIM)
+        return [fill(item) for item in value] if isinstance(value, list) else value
+
+    if "subjects" in call:
+        call = call | {"subjects": fill(call["subjects"])}
+    with pytest.raises(ValueError, match=message):
+        conditioner(**call)
+
+
+def test_a_recorder_rides_along(conditioner):
+    recorder = Recorder()
+    assert conditioner("a man", recorder=recorder).context.recorder is recorder
+    assert conditioner("a man", recorder=recorder, guidance=False).context.recorder is recorder
+
+
+# ── Images ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_photos_are_encoded_whole_with_the_image_encoder(conditioner, image_encoder, image_processor, photo):
+    wide = photo(size=(60, 30))
+    square = Image.new("RGB", (60, 60))
+    square.paste(wide, (0, 15))
+    pixels = image_processor(images=[square], return_tensors="pt").pixel_values
+    torch.testing.assert_close(conditioner.encode_photos([wide]), image_encoder(pixels).image_embeds)
+
+
+def test_features_of_many_subjects_go_where_they_belong(conditioner, photo):
+    """Photos and ready features mixed, prompts with different numbers of them."""
+    known = conditioner.encode_photos([photo(1)])[0]
+    out = conditioner(
+        ["a man and a woman", "a man", "a horse and a man"],
+        subjects=[[photo(0), known], [], [photo(2), photo(1)]],
+        words=[["man", "woman"], [], ["horse", "man"]],
+        guidance=False,
+    )
+    features = out.context.features
+    torch.testing.assert_close(features[0, 1], features[2, 1])
+    expected = torch.cat([conditioner.encode_photos([photo(i)]) for i in (0, 2)])
+    torch.testing.assert_close(torch.stack([features[0, 0], features[2, 0]]), expected)
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [(torch.zeros(IMAGE_DIM + 1), "shape"), (torch.full((IMAGE_DIM,), float("nan")), "not finite")],
+)
+def test_features_of_another_width_or_not_finite_are_errors(conditioner, feature, message):
+    with pytest.raises(ValueError, match=message):
+        conditioner("a man", subjects=[feature], words=["man"])
+
+
+def test_photos_without_an_image_encoder_are_an_error(unet, make_adapter, tokenizer, text_encoder, photo):
+    from moa import SubjectConditioner
+
+    conditioner = SubjectConditioner(tokenizer, text_encoder, None, None, make_adapter(unet))
+    conditioner("a man", subjects=[torch.zeros(IMAGE_DIM)], words=["man"])
+    with pytest.raises(ValueError, match="image_encoder"):
+        conditioner("a man", subjects=[photo()], words=["man"])
+    with pytest.raises(ValueError, match="image_encoder"):
+        conditioner.encode_images(torch.zeros(1, 3, 32, 32))
+
+
+def test_trained_encoder_layers_are_the_adapters(unet, make_adapter, make_conditioner, image_encoder, photo):
+    before = {name: value.clone() for name, value in image_encoder.state_dict().items()}
+    new = make_conditioner(
+        make_adapter(unet, trained=False, image_feature_dim=None, image_encoder=image_encoder, image_layers=2)
+    )
+    plain = image_encoder(new.pixel_values([photo()])).image_embeds
+    torch.testing.assert_close(new.encode_photos([photo()]), plain)
+    names = list(new.adapter.config["image_encoder_shapes"])
+    assert {name.split("layers.")[1][0] for name in names} == {"1", "2"}
+    new.encode_images(new.pixel_values([photo()])).sum().backward()
+    trained = new.adapter.image_encoder_layers
+    assert all(p.grad is not None for name, p in trained.items() if "k_proj-bias" not in name)
+    assert all(p.grad is None for p in image_encoder.parameters())
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.1)
+    assert (new.encode_photos([photo()]) - plain).abs().max() > 1e-2
+    assert all(torch.equal(value, before[name]) for name, value in image_encoder.state_dict().items())
+
+
+def test_more_encoder_layers_than_there_are_is_an_error(unet, make_adapter, image_encoder):
+    with pytest.raises(ValueError, match=r"image_layers: 4.*3 layers"):
+        make_adapter(unet, image_encoder=image_encoder, image_layers=4)

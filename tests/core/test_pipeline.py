@@ -1,0 +1,237 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+
+from moa import MoAPipeline, Recorder
+
+PROMPT = "a man and a woman"
+QUICK = {"num_inference_steps": 3, "output_type": "np"}
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def pipe(base, unet, make_adapter, image_encoder, image_processor):
+    """`base`'s models with an adapter as if trained."""
+    parts = {name: part for name, part in base.components.items() if part is not None}
+    parts |= {
+        "image_encoder": image_encoder,
+        "feature_extractor": image_processor,
+        "adapter": make_adapter(unet),
+    }
+    pipe = MoAPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def one(photo):
+    return dict(prompt=PROMPT, subjects=[photo(1)], subject_words=["man"], generator=seeded(0), **QUICK)
+
+
+def test_the_prior_alone_gives_the_images_of_the_base_pipeline(pipe, unet, one):
+    fixed = pipe(**one, prior_only=True).images
+    pipe.adapter.uninstall(unet)
+    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
+    base = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    base.set_progress_bar_config(disable=True)
+    plain = base(PROMPT, generator=seeded(0), guidance_scale=5.0, **QUICK).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+
+
+def test_the_subject_changes_the_image_and_the_prior_does_not(pipe, one, photo):
+    first = pipe(**one).images
+    one["generator"] = seeded(0)
+    again = pipe(**one).images
+    other = pipe(**one | {"subjects": [photo(2)], "generator": seeded(0)}).images
+    nobody = pipe(PROMPT, generator=seeded(0), **QUICK).images
+    prior = pipe(**one | {"generator": seeded(0)}, prior_only=True).images
+    assert np.array_equal(first, again)
+    for image in (other, nobody, prior):
+        assert np.abs(first - image).max() > 1e-3
+
+
+@pytest.mark.parametrize("null_branch", ["expert", "prior"])
+def test_a_mixed_batch_gives_the_images_of_its_samples(pipe, photo, null_branch):
+    """0, 1 and 2 subjects, two images a prompt, a generator each."""
+    prompts = ["a horse", "a man", PROMPT]
+    subjects = [[], [photo(1)], [photo(2), photo(3)]]
+    words = [[], ["man"], ["woman", "man"]]
+    together = pipe(
+        prompts,
+        subjects=subjects,
+        subject_words=words,
+        num_images_per_prompt=2,
+        generator=seeded(*range(6)),
+        null_branch=null_branch,
+        **QUICK,
+    ).images
+    for row in range(3):
+        for copy in range(2):
+            alone = pipe(
+                prompts[row],
+                subjects=subjects[row],
+                subject_words=words[row],
+                generator=seeded(2 * row + copy),
+                null_branch=null_branch,
+                **QUICK,
+            ).images
+            np.testing.assert_allclose(together[2 * row + copy], alone[0], atol=1e-4)
+
+
+def test_below_and_above_the_cut(pipe, one):
+    """With the cut at 0 all steps are the prior's, with the cut in the middle some are."""
+    runs = {
+        cut: pipe(**one | {"generator": seeded(0)}, personalize_below=cut).images for cut in (1000, 500, 0)
+    }
+    prior = pipe(**one | {"generator": seeded(0)}, prior_only=True).images
+    np.testing.assert_allclose(runs[0], prior, atol=1e-5)
+    assert np.abs(runs[500] - runs[0]).max() > 1e-3
+    assert np.abs(runs[500] - runs[1000]).max() > 1e-3
+
+
+def test_the_null_branches_differ_and_neither_needs_guidance(pipe, one):
+    kinds = [pipe(**one | {"generator": seeded(0)}, null_branch=kind).images for kind in ("expert", "prior")]
+    assert np.abs(kinds[0] - kinds[1]).max() > 1e-4
+    free = [
+        pipe(**one | {"generator": seeded(0)}, null_branch=kind, guidance_scale=1.0).images
+        for kind in ("expert", "prior")
+    ]
+    assert np.array_equal(free[0], free[1])
+
+
+def test_it_keeps_the_habits_of_diffusers(pipe, one):
+    """Output class, tuple, latents in and out, callbacks, sizes, recorder."""
+    steps, recorder = [], Recorder(["mid_block.attentions.0.transformer_blocks.0.attn2"])
+
+    def callback(_, step, time, values):
+        steps.append((step, int(time)))
+        return values
+
+    latents = torch.randn(1, 4, 16, 24)
+    call = one | {
+        "output_type": "latent",
+        "latents": latents,
+        "width": 48,
+        "height": 32,
+        "callback_on_step_end": callback,
+        "recorder": recorder,
+        "negative_prompt": "hat",
+    }
+    out = pipe(**call)
+    assert isinstance(out, StableDiffusionPipelineOutput)
+    assert out.images.shape == (1, 4, 16, 24)
+    assert torch.equal(pipe(**call, return_dict=False)[0], out.images)
+    assert [step for step, _ in steps[:3]] == [0, 1, 2]
+    (router,) = recorder.router.values()
+    (maps,) = recorder.attention.values()
+    assert router.shape == (2, 4 * 6)
+    assert maps.shape == (2, 1, 4 * 6)
+    assert pipe(**one | {"output_type": "pil"}).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_other_samplers_run_and_repeat(pipe, one, scheduler):
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    images = [pipe(**one | {"generator": seeded(0)}).images for _ in range(2)]
+    assert np.isfinite(images[0]).all()
+    assert np.array_equal(*images)
+
+
+def test_other_pipelines_take_the_conditioner_s_output(pipe, photo):
+    """Img2img on the same U-Net; with the router fixed to the prior it is the plain pipeline."""
+    other = StableDiffusionImg2ImgPipeline(
+        **{k: v for k, v in pipe.components.items() if k != "adapter"}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    more = dict(
+        image=photo(9, size=(32, 32)), strength=0.9, guidance_scale=5.0, **QUICK | {"num_inference_steps": 4}
+    )
+
+    def images(**kwargs):
+        conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"], **kwargs)
+        return other(**conditioning, **more, generator=seeded(0)).images
+
+    fixed, personal = images(prior_only=True), images()
+    pipe.adapter.uninstall(pipe.unet)
+    plain = other(PROMPT, **more, generator=seeded(0)).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert np.abs(personal - plain).max() > 1e-3
+
+
+def test_it_works_with_a_controlnet(pipe, photo):
+    with pipe.adapter.removed(pipe.unet):
+        control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
+    for parameter in control.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
+    other = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    more = dict(image=photo(9, size=(32, 32)), guidance_scale=5.0, **QUICK)
+
+    def images(scale=1.0, **kwargs):
+        conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"], **kwargs)
+        more["controlnet_conditioning_scale"] = scale
+        return other(**conditioning, **more, generator=seeded(0)).images
+
+    fixed, personal, uncontrolled = images(prior_only=True), images(), images(scale=0.0)
+    pipe.adapter.uninstall(pipe.unet)
+    more["controlnet_conditioning_scale"] = 1.0
+    plain = other(PROMPT, **more, generator=seeded(0)).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert np.abs(personal - plain).max() > 1e-3
+    assert np.abs(personal - uncontrolled).max() > 1e-3
+
+
+def test_a_wrong_count_of_images_is_said_by_the_u_net(pipe, photo):
+    conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"])
+    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
+    base = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    base.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"batch of 4.*num_images_per_prompt"):
+        base(**conditioning, num_images_per_prompt=2, **QUICK)
+    with pytest.raises(ValueError, match=r"batch of 1.*guidance"):
+        base(**conditioning, guidance_scale=1.0, **QUICK)
+
+
+def test_a_lost_processor_is_said_at_the_call(pipe, one):
+    pipe.enable_attention_slicing(1)
+    with pytest.raises(RuntimeError, match="lost its MoA layer"):
+        pipe(**one)
+    pipe.adapter.uninstall(pipe.unet)
+    with pytest.raises(RuntimeError, match=r"adapter.install"):
+        pipe(**one)
+
+
+def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, image_processor, tmp_path):
+    expected = pipe(**one).images
+    pipe.adapter.save_pretrained(tmp_path / "adapter")
+    pipe.adapter.uninstall(pipe.unet)
+    base.save_pretrained(tmp_path / "prior")
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    image_processor.save_pretrained(tmp_path / "encoder")
+    loaded = MoAPipeline.from_pretrained(
+        tmp_path / "prior", adapter=tmp_path / "adapter", image_encoder=tmp_path / "encoder"
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+
+
+def test_the_whole_pipeline_is_saved_in_one_folder(pipe, one, tmp_path):
+    expected = pipe(**one).images
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
+    loaded = MoAPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
