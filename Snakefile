@@ -32,6 +32,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
+include: "workflow/rules/tune.smk"
 include: "workflow/rules/pretrain.smk"
 
 

@@ -26,8 +26,20 @@ TOP_LEVEL: dict[str, Any] = {
     "methods": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
+    # method: trial: what it changes of train.<method> and of generate.sampling, which check the keys
+    "tuning": {
+        "type": "object",
+        "additionalProperties": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"train": {"type": "object"}, "sampling": {"type": "object"}},
+            },
+        },
+    },
 }
-OPTIONAL = {"weights"}
+OPTIONAL = {"weights", "tuning"}
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ STAGES: dict[str, Stage] = {
     "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
     "compare-swaps": Stage("moa.evaluation.score:compare_swaps", "measure the context kept under a swap"),
     "tables": Stage("moa.evaluation.tables:tables", "tabulate quality"),
+    "tuning-table": Stage("moa.evaluation.tuning:tabulate", "tabulate the tuning grid"),
     "cost": Stage("moa.evaluation.tables:costs", "tabulate cost"),
     "figure-benchmark": Stage("moa.figures.grids:benchmark", "draw subjects against methods"),
     "figure-pairs": Stage("moa.figures.grids:pairs", "draw pairs of subjects"),

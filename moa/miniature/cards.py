@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ABOUT = {
-    "prior": "A small Stable Diffusion (CLIPTextModel, AutoencoderKL, UNet2DConditionModel) of the miniature world.",
+    "prior": "A small Stable Diffusion (CLIPTextModel, AutoencoderKL, UNet2DConditionModel) of this world.",
     "image_encoder": "The subject encoder: the vision tower of the CLIP whose text tower the prior uses.",
     "captioner": "A small BLIP-2 that captions the miniature's pictures with class words and context.",
     "segmenter": "A small Mask2Former that finds the people in the miniature's pictures.",
@@ -42,8 +42,8 @@ def _recipe(file: Path) -> str:
         f"{budget['batch_size']} pictures, AdamW at {budget['lr']:g} (cosine), weight decay "
         f"{budget['weight_decay']:g}, EMA {budget['ema']:g}, seed {budget['seed']}; "
         f"{recipe['seconds'] / 60:.0f} minutes with {recipe['settings']['threads']} thread(s) of a "
-        f"{recipe['processor']} processor, torch {recipe['torch']}. Data: {recipe['settings']['images']} rendered "
-        f"scenes of the pretraining identities, SHA-256 `{recipe['data_sha256'][:16]}…`. "
+        f"{recipe['processor']} processor, torch {recipe['torch']}. Data: {recipe['settings']['images']} "
+        f"rendered scenes of the pretraining identities, SHA-256 `{recipe['data_sha256'][:16]}…`. "
         f"Log: `{file.name.replace('recipe.json', 'log.csv')}`."
     )
 
@@ -79,7 +79,7 @@ def card(name: str, folder: Path, gates: list[dict[str, str]]) -> str:
 
 
 def run(weights: Path, gates: Path) -> None:
-    """Write README.md into every model's folder below `weights`. Raises FileNotFoundError for a missing model."""
+    """Write README.md into every model's folder below `weights`. FileNotFoundError if one is missing."""
     rows = list(csv.DictReader(gates.open()))
     for name in ABOUT:
         folder = weights / name

@@ -1,7 +1,7 @@
 """Rendered scenes in memory, for training and judging the miniature's own models.
 
-A corpus is a pure function of (split, size, seed): the same arguments give the same bytes anywhere. It is cached
-in a folder, because two cores need minutes for tens of thousands of pictures.
+A corpus is a pure function of (split, size, seed): the same arguments give the same bytes. It is cached in a
+folder, because two cores need minutes for tens of thousands of pictures.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def load(
     """The corpus, from `cache` when it is there, else rendered and kept there (atomically)."""
     file = cache / f"{split}-{count}-{seed}-{pair_share:g}-{prop_share:g}.npz"
     if not file.exists():
-        images, masks, scenes = _make(split, count, seed, pair_share, prop_share)
-        text = np.array(json.dumps([s.to_dict() for s in scenes]))
+        images, masks, drawn = _make(split, count, seed, pair_share, prop_share)
+        text = np.array(json.dumps([s.to_dict() for s in drawn]))
         cache.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
         np.savez(partial, images=images, masks=masks, scenes=text)
         os.replace(partial, file)
     with np.load(file, allow_pickle=False) as data:
-        images, masks, text = data["images"], data["masks"], str(data["scenes"])
+        images, masks, scenes = data["images"], data["masks"], json.loads(str(data["scenes"]))
     digest = hashlib.sha256(images.tobytes() + masks.tobytes()).hexdigest()
-    return Corpus(images, masks, tuple(Scene.from_dict(s) for s in json.loads(text)), digest)
+    return Corpus(images, masks, tuple(Scene.from_dict(s) for s in scenes), digest)

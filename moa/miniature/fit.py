@@ -116,10 +116,10 @@ class Run:
 
 
 def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:
-    """Train `model` in place (its averaged weights when `budget.ema`); returns seconds spent, over all resumes.
+    """Train `model` in place (its averaged weights when `budget.ema`); returns the seconds spent.
 
-    `loss(step, rng)` gives named losses of one batch; `rng` depends on (seed, step) alone, so a resumed training
-    sees the batches that an unbroken one sees.
+    `loss(step, rng)` gives named losses of one batch; `rng` depends on (seed, step) alone, so a resumed
+    training sees the batches that an unbroken one sees.
     """
     run = Run(model, budget, folder)
     run.resume()

@@ -1,6 +1,6 @@
 """What the miniature's models can do, measured on held-out identities, before anything is built on them.
 
-Each `measure_*` returns rows (gate, measure, value, goal, count). A goal that is missed is reported, not hidden.
+Each `measure_*` returns rows (gate, measure, value, goal, count). A missed goal is reported, not hidden.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moa.evaluation.prompt import ClipJudge
 from moa.miniature import corpus, models
 from moa.miniature.annotation import caption_cases, overlaps
 from moa.miniature.captions import Wording, task_caption
+from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
 from moa.miniature.render import render
 from moa.miniature.world import (
@@ -227,21 +228,10 @@ def measure_clip_judge(judge: ClipJudge, data: corpus.Corpus, seed: int) -> list
         for i in chosen:
             scene, key = data.scenes[i], int(rng.integers(2**31))
             right.append(task_caption(scene, np.random.default_rng(key), PROMPT).text)
-            wrong.append(task_caption(_changed(scene, name, rng), np.random.default_rng(key), PROMPT).text)
+            wrong.append(task_caption(changed(scene, name, rng), np.random.default_rng(key), PROMPT).text)
         a, b = ((features * judge.text_features(texts)).sum(1) for texts in (right, wrong))
         rows.append(("clip_judge", f"prefers the right {name}", float((a > b).mean()), 0.9, len(chosen)))
     return rows
-
-
-def _changed(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
-    """The scene with another value of one context attribute."""
-    context = scene.context
-    owner = context if hasattr(context, name) else context.appearances[0]
-    others = [v for v in ATTRIBUTES[name] if v != getattr(owner, name)]
-    changed: Any = replace(owner, **{name: others[int(rng.integers(len(others)))]})
-    if owner is not context:
-        changed = replace(context, appearances=(changed,))
-    return replace(scene, context=changed)
 
 
 # --- Prior ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +37,12 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from moa.miniature.world import ATTRIBUTES
 from moa.miniature.tokenizer import MAX_LENGTH, load_tokenizer
+from moa.miniature.world import ATTRIBUTES
 
 IMAGE_SIZE, LATENT_SIZE, LATENT_CHANNELS, WIDTH = 64, 16, 8, 128
 
-VAE = dict(
+VAE: dict[str, Any] = dict(
     in_channels=3,
     out_channels=3,
     latent_channels=LATENT_CHANNELS,
@@ -53,7 +54,7 @@ VAE = dict(
     mid_block_add_attention=False,
     sample_size=IMAGE_SIZE,
 )
-UNET = dict(
+UNET: dict[str, Any] = dict(
     sample_size=LATENT_SIZE,
     in_channels=LATENT_CHANNELS,
     out_channels=LATENT_CHANNELS,
@@ -65,22 +66,23 @@ UNET = dict(
     attention_head_dim=4,  # heads, by diffusers' historical name
     norm_num_groups=16,
 )
-SCHEDULER = dict(
+SCHEDULER: dict[str, Any] = dict(
     num_train_timesteps=1000,
     beta_start=0.00085,
     beta_end=0.012,
     beta_schedule="scaled_linear",
     prediction_type="v_prediction",
     rescale_betas_zero_snr=False,
+    steps_offset=1,
 )
-TEXT = dict(
+TEXT: dict[str, Any] = dict(
     hidden_act="gelu",
     hidden_size=WIDTH,
     intermediate_size=4 * WIDTH,
     num_hidden_layers=3,
     num_attention_heads=4,
 )
-VISION = dict(
+VISION: dict[str, Any] = dict(
     hidden_act="gelu",
     hidden_size=WIDTH,
     intermediate_size=4 * WIDTH,
@@ -106,7 +108,7 @@ def scheduler() -> UniPCMultistepScheduler:
 def clip(layers: int = 4) -> CLIPModel:
     """A CLIP of which the prior takes the text tower and the subject encoder the vision tower."""
     tokenizer = load_tokenizer()
-    special = dict(
+    special: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
@@ -131,8 +133,16 @@ def image_processor() -> CLIPImageProcessor:
 
 def text_encoder(model: CLIPModel) -> CLIPTextModel:
     """The text tower of a CLIP, as Stable Diffusion takes it."""
-    tower = CLIPTextModel(model.config.text_config)
+    tower = CLIPTextModel(model.config.text_config)  # type: ignore[arg-type]
     tower.load_state_dict(model.text_model.state_dict(), strict=True)
+    return tower
+
+
+def vision_tower(model: CLIPModel) -> CLIPVisionModelWithProjection:
+    """The vision tower of a CLIP with its projection, as the subject encoder."""
+    tower = CLIPVisionModelWithProjection(model.config.vision_config)  # type: ignore[arg-type]
+    tower.vision_model.load_state_dict(model.vision_model.state_dict())
+    tower.visual_projection.load_state_dict(model.visual_projection.state_dict())
     return tower
 
 
@@ -158,9 +168,10 @@ def save_half(model: torch.nn.Module, folder: Path) -> None:
 
 
 JUDGE_SIZE = 96  # pixels; figures are enlarged, since a ResNet's stem shrinks fourfold
-RESNET = dict(
+EMBEDDING = 256  # channels of the identity network's output
+RESNET: dict[str, Any] = dict(
     embedding_size=48,
-    hidden_sizes=[48, 96, 160, 256],
+    hidden_sizes=[48, 96, 160, EMBEDDING],
     depths=[1, 2, 2, 1],
     layer_type="basic",
     hidden_act="relu",
@@ -175,7 +186,7 @@ def embedder() -> ResNetModel:
 def attribute_classifier() -> ResNetForImageClassification:
     """One logit for each value of each attribute; `split_logits` takes them apart."""
     names = [f"{attribute}={value}" for attribute, values in ATTRIBUTES.items() for value in values]
-    config = ResNetConfig(
+    config = ResNetConfig(  # type: ignore[call-arg]  # labels are keywords of its base
         **RESNET,
         num_labels=len(names),
         id2label=dict(enumerate(names)),
@@ -217,7 +228,7 @@ def image_token_id() -> int:
 def captioner() -> Blip2ForConditionalGeneration:
     """A BLIP-2 of 2 M parameters: vision tower, Q-Former, OPT decoder."""
     tokenizer = load_tokenizer()
-    size = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4)
+    size: dict[str, Any] = dict(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_attention_heads=4)
     config = Blip2Config(
         vision_config=dict(
             **size, num_hidden_layers=4, image_size=IMAGE_SIZE, patch_size=8, hidden_act="gelu"
@@ -259,7 +270,7 @@ SEGMENTER_SIZE = 128  # pixels; masks come at a quarter of it
 def segmenter() -> Mask2FormerForUniversalSegmentation:
     """A Mask2Former of about 1 M parameters on a Swin backbone."""
     config = Mask2FormerConfig(
-        backbone_config=SwinConfig(
+        backbone_config=SwinConfig(  # type: ignore[call-arg]  # out_features is a keyword of its base
             image_size=SEGMENTER_SIZE,
             embed_dim=24,
             depths=[1, 1, 2, 1],
@@ -301,11 +312,11 @@ def clip_processor() -> CLIPProcessor:
 
 
 def random_models(folder: Path, seed: int = 0) -> None:
-    """Save every model untrained, with its processor, in the layout of the shipped weights: for tests of plumbing."""
+    """Save every model untrained, with its processor, in the layout of the shipped weights: for tests."""
     torch.manual_seed(seed)
     both = clip()
     assemble_prior(vae(), unet(), text_encoder(both)).save_pretrained(folder / "prior")
-    CLIPVisionModelWithProjection(both.config.vision_config).save_pretrained(folder / "image_encoder")
+    vision_tower(both).save_pretrained(folder / "image_encoder")
     image_processor().save_pretrained(folder / "image_encoder")
     for name, model, processor in (
         ("identity", embedder(), judge_processor()),

@@ -1,4 +1,4 @@
-"""Train the miniature's models from nothing: one stage a model, then `assemble` into the folders that are shipped."""
+"""Train the miniature's models from nothing: one stage a model, then `assemble` into shipped folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel
 
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
@@ -54,7 +54,7 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
     "clip_judge": lambda budget, data, folder, parts: clip.train(
-        budget, data, folder, layers=3, web_share=0.2
+        budget, data, folder, layers=3, web_share=0.2, hard_negatives=True
     ),
     "segmenter": lambda budget, data, folder, parts: annotators.train_segmenter(budget, data, folder),
     "captioner": lambda budget, data, folder, parts: annotators.train_captioner(budget, data, folder),
@@ -84,7 +84,7 @@ def run(
 ) -> None:
     """Train one model and save it in half precision.
 
-    `cache` keeps rendered scenes; `checkpoints` keeps the state of the training, from which a killed run goes on.
+    `cache` keeps rendered scenes; `checkpoints` keeps the training's state, from which a killed run goes on.
     """
     torch.set_num_threads(settings.threads)
     data = corpus.load("pretrain", settings.images, settings.corpus_seed, cache)
@@ -117,9 +117,7 @@ def assemble(vae: Path, clip: Path, unet: Path, prior: Path, image_encoder: Path
         AutoencoderKL.from_pretrained(vae), UNet2DConditionModel.from_pretrained(unet), text
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
-    vision = CLIPVisionModelWithProjection(both.config.vision_config)
-    vision.vision_model.load_state_dict(both.vision_model.state_dict())
-    vision.visual_projection.load_state_dict(both.visual_projection.state_dict())
+    vision = models.vision_tower(both)
     models.save_half(vision, image_encoder)
     models.image_processor().save_pretrained(image_encoder)
     for name, source in {"vae": vae, "clip": clip, "unet": unet}.items():

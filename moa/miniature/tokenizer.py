@@ -1,4 +1,4 @@
-"""A CLIPTokenizer whose vocabulary is the miniature's English: any text still splits, into letters at worst."""
+"""A CLIPTokenizer whose vocabulary is the miniature's English: other text splits, into letters at worst."""
 
 from __future__ import annotations
 
@@ -53,4 +53,4 @@ def load_tokenizer() -> CLIPTokenizer:
     """The tokenizer of the prior, of both CLIPs and of the captioner."""
     vocabulary = json.loads((VOCABULARY / "vocab.json").read_text())
     merges = [tuple(m.split(" ")) for m in (VOCABULARY / "merges.txt").read_text().splitlines()[1:] if m]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""How each of the miniature's models is trained: one module a model, one function `train(budget, source, folder)`."""
+"""How each of the miniature's models is trained: one module a model, one function a training."""

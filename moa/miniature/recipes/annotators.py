@@ -26,7 +26,7 @@ FULL = Wording(
 
 
 def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Inputs of Blip2ForConditionalGeneration: image placeholders, caption, end; the loss is on the last two."""
+    """Inputs of Blip2ForConditionalGeneration: image placeholders, then the caption, which has the loss."""
     tokenizer = load_tokenizer()
     texts = [task_caption(corpus.scenes[i], rng, FULL).text for i in indices]
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -45,8 +45,8 @@ def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator)
 class WithHeads(nn.Module):
     """A captioner with linear heads, needed in training only, that read attributes off the Q-Former's output.
 
-    Words alone teach the vision tower slowly: most of a caption is grammar. Heads: every context attribute and the
-    class of either figure, the background, and whether there is a second figure.
+    Words alone teach the vision tower slowly: most of a caption is grammar. Heads: context attributes and
+    the class of either figure, the background, and whether there is a second figure.
     """
 
     def __init__(self, captioner: Blip2ForConditionalGeneration):

@@ -36,7 +36,7 @@ def crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.nda
 
 
 class Figures:
-    """Every figure of a corpus as a crop, made once: uint8 images [M, S, S, 3], scene and figure index [M]."""
+    """Every figure of a corpus as a crop, made once: images [M, S, S, 3] in 0..255, and indices [M]."""
 
     def __init__(self, corpus: Corpus, size: int = models.JUDGE_SIZE):
         rows = [
@@ -77,7 +77,7 @@ class ArcFace(nn.Module):
 
     def __init__(self, embedder: ResNetModel, identities: int):
         super().__init__()
-        width = embedder.config.hidden_sizes[-1]
+        width = models.EMBEDDING
         self.embedder = embedder
         self.centres = nn.Parameter(torch.randn(identities, width) * 0.05)
         self.attributes = nn.ModuleDict(
@@ -122,7 +122,7 @@ def train_identity(budget: Budget, corpus: Corpus, folder: Path) -> tuple[ResNet
 def train_attributes(
     budget: Budget, corpus: Corpus, folder: Path
 ) -> tuple[ResNetForImageClassification, float]:
-    """One classifier for all attributes: whole single-figure pictures for the background, crops for the rest."""
+    """One classifier for all attributes: single-figure pictures for the background, crops for the rest."""
     torch.manual_seed(budget.seed)
     figures = Figures(corpus)
     single = np.array([i for i, s in enumerate(corpus.scenes) if len(s.identities) == 1])
