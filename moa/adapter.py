@@ -199,9 +199,8 @@ class MoAAdapter(ModelMixin, ConfigMixin):
             if isinstance(attn.processor, MoAAttnProcessor):
                 attn.set_processor(processor)
         del unet.moa_prompt, unet.moa_installation, unet.save_pretrained
-        parameters = dict(unet.named_parameters())
-        for name in previous.trained:
-            parameters[name].requires_grad_(True)
+        for parameter in previous.trained:
+            parameter.requires_grad_(True)
 
     @contextmanager
     def removed(self, unet: UNet2DConditionModel) -> Iterator[None]:
@@ -292,7 +291,7 @@ class Installation:
         self.adapter = adapter
         self.attention = attention
         self.processors = {name: attn.processor for name, attn in attentions.items()}
-        self.trained = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+        self.trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self.handle = unet.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
     def check(self, unet: UNet2DConditionModel) -> None:

@@ -200,8 +200,8 @@ class MoALayer(nn.Module):
         for name, source in sources.items():
             if not isinstance(source, nn.Linear):
                 raise TypeError(
-                    f"the U-Net's {name} projection is a {type(source).__name__}, no plain nn.Linear: make the "
-                    "adapter before weights are quantized or a LoRA loaded (pipe.unload_lora_weights())"
+                    f"the U-Net's {name} projection is a {type(source).__name__}, no plain nn.Linear: make "
+                    "the adapter before weights are quantized or a LoRA loaded (pipe.unload_lora_weights())"
                 )
             for expert in self.experts:
                 getattr(expert, name).load_state_dict(source.state_dict())
@@ -220,8 +220,14 @@ class MoAAttnProcessor(nn.Module):
 
     index: Tensor
 
-    def __init__(self, name: str, layer: MoALayer, index: int, attention: AttentionKind = "sdpa"):
+    def __init__(
+        self, name: str = "", layer: MoALayer | None = None, index: int = 0, attention: AttentionKind = "sdpa"
+    ):
         super().__init__()
+        if layer is None:  # diffusers makes all processors anew, without arguments, for an IP-Adapter
+            raise TypeError(
+                "an IP-Adapter cannot come or go while MoA is in the U-Net: call adapter.uninstall(unet)"
+            )
         self.name = name
         self.layer = layer
         self.explicit = attention == "explicit"

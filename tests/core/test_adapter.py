@@ -98,9 +98,11 @@ def test_a_lora_on_the_attention_acts_on_the_prior_alone(unet, make_adapter, mak
     assert (expected - plain).abs().max() > 1e-2
     assert {name for name, _ in adapter.named_modules()} == modules
     assert all(torch.equal(value, experts[name]) for name, value in adapter.state_dict().items())
-    assert not [
-        name for name in unet.state_dict() if "lora" in name and ("expert" in name or "router" in name)
-    ]
+    assert not [name for name in unet.state_dict() if "lora" in name and "experts" in name]
+    adapter.uninstall(unet)
+    torch.testing.assert_close(run(unet), expected, **TOLERANCE)
+    adapter.install(unet)
+    torch.testing.assert_close(run(unet, make_context(prior_only=(True,) * 3)), expected, **TOLERANCE)
 
 
 # ── Sizes ─────────────────────────────────────────────────────────────────────────────────────
@@ -335,6 +337,15 @@ def test_foreign_processors_are_refused_at_installation(unet, make_adapter):
         adapter.install(unet)
     default(unet)
     adapter.install(unet)
+
+
+def test_an_ip_adapter_is_refused_while_installed(unet, make_adapter, make_context, run):
+    adapter = make_adapter(unet)
+    adapter.install(unet)
+    expected = run(unet, make_context())
+    with pytest.raises(TypeError, match=r"IP-Adapter.*adapter\.uninstall"):
+        unet._load_ip_adapter_weights([{"image_proj": {}, "ip_adapter": {}}])
+    assert torch.equal(run(unet, make_context()), expected)
 
 
 def test_a_controlnet_is_made_from_the_base_u_net(unet, make_adapter):
