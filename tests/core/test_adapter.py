@@ -8,9 +8,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 from moa import MoAAdapter, MoAContext, Recorder
 from moa.adapter import installation
+from moa.attention import LayerInput
 from moa.layers import attention_layers, select_loss_layers
 from moa.losses import object_loss, router_loss
 from tests.core.conftest import IMAGE_DIM, UNET
@@ -74,6 +76,17 @@ def test_samples_of_a_batch_do_not_touch_each_other(unet, make_adapter, make_con
         torch.testing.assert_close(answer, together[one], **TOLERANCE)
 
 
+@pytest.mark.parametrize("token", [2, -1, 999])
+def test_padding_may_hold_anything(unet, make_adapter, make_context, run, token):
+    """Sample 1 has one subject, at token 2; what stands in its padding must not reach that token."""
+    make_adapter(unet).install(unet)
+    context = make_context()
+    expected = run(unet, context)
+    context.token[1, 1] = context.token[2, 0] = token
+    context.features[1, 1] = context.features[2] = 1000
+    assert torch.equal(run(unet, context), expected)
+
+
 def test_both_kinds_of_attention_agree(unet, make_adapter, make_context, run):
     adapter = make_adapter(unet)
     adapter.install(unet)
@@ -125,6 +138,26 @@ def test_on_sd15_it_has_the_size_of_the_method_note():
     assert len(adapter.loss_layers) == 2 * 11
     assert not [name for name in adapter.loss_layers if name.startswith(("down_blocks.0", "up_blocks.3"))]
     assert list(adapter.sizes)[-1] == "up_blocks.3.attentions.2.transformer_blocks.0.attn2"
+
+
+def test_on_sd15_at_512_pixels_it_costs_one_more_attention_and_no_more():
+    """0.803 T operations a pass; two full experts in all attention layers make it 1.256 × that."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768).eval()
+        latents, time, text = torch.empty(1, 4, 64, 64), torch.tensor(5), torch.empty(1, 77, 768)
+        bound = torch.zeros(1, 1, dtype=torch.int64)
+        given = LayerInput(text, torch.empty(16, 1, 1, 768), bound, bound.bool(), None, True, None)
+
+    def operations(**kwargs):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(latents, time, text, **kwargs)
+        return counter.get_total_flops()
+
+    plain = operations()
+    MoAAdapter.from_unet(unet, image_feature_dim=768).install(unet)
+    installation(unet).handle.remove()  # it would look at values, and meta tensors have none
+    assert plain == pytest.approx(0.803e12, rel=1e-3)
+    assert operations(cross_attention_kwargs={"moa": given}) / plain == pytest.approx(1.256, abs=1e-3)
 
 
 def test_sizes_of_another_u_net_are_read_off_its_modules(make_adapter):
