@@ -187,7 +187,7 @@ def attribute_classifier() -> ResNetForImageClassification:
     """One logit for each value of each attribute; `split_logits` takes them apart."""
     names = [f"{attribute}={value}" for attribute, values in ATTRIBUTES.items() for value in values]
     config = ResNetConfig(  # type: ignore[call-arg]  # labels are keywords of its base
-        **RESNET,
+        **RESNET | {"hidden_sizes": [48, 80, 112, 144]},
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={n: i for i, n in enumerate(names)},
