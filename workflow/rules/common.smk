@@ -8,6 +8,7 @@ from moa.hashing import code_hash
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
+TUNING = CONFIG.get("tuning", {})  # method: trial: changes
 GPU = int(CONFIG["device"] != "cpu")
 
 
@@ -48,3 +49,15 @@ def results(wildcards):
 def parts(kind, *folder):
     """The shards of a kind of requests, or of what a method made of them, below a folder."""
     return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
+
+
+def changes(method, trial, section):
+    """What a trial changes of `train` or `sampling`."""
+    return TUNING[method][trial].get(section, {})
+
+
+def training_of(method, trial):
+    """The first trial with the same training: its folder holds the weights."""
+    wanted = changes(method, trial, "train")
+    first = next(name for name in TUNING[method] if changes(method, name, "train") == wanted)
+    return f"{OUT}/tuning/{method}/{first}/{method}"

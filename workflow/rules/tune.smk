@@ -1,24 +1,11 @@
 # Choosing settings, on validation subjects only: `snakemake tune` trains and scores every trial of `tuning`.
 # A trial is the configuration with changes to train.<method> (`train`) and to generate.sampling (`sampling`);
 # trials of a method with the same changes to `train` share one training.
-TUNING = CONFIG.get("tuning", {})
 TRIALS = [(method, trial) for method, trials in TUNING.items() for trial in trials]
 
 
 wildcard_constraints:
     trial=r"[\w.+-]+",
-
-
-def changes(method, trial, section):
-    """What a trial changes of `train` or `sampling`."""
-    return TUNING[method][trial].get(section, {})
-
-
-def training_of(method, trial):
-    """The first trial with the same training: its folder holds the weights."""
-    wanted = changes(method, trial, "train")
-    first = next(name for name in TUNING[method] if changes(method, name, "train") == wanted)
-    return f"{OUT}/tuning/{method}/{first}/{method}"
 
 
 rule tune:
