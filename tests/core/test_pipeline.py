@@ -40,13 +40,14 @@ def one(photo):
     return dict(prompt=PROMPT, subjects=[photo(1)], subject_words=["man"], generator=seeded(0), **QUICK)
 
 
-def test_the_prior_alone_gives_the_images_of_the_base_pipeline(pipe, unet, one):
-    fixed = pipe(**one, prior_only=True).images
+@pytest.mark.parametrize("negative", [None, "red hat"])
+def test_the_prior_alone_gives_the_images_of_the_base_pipeline(pipe, unet, one, negative):
+    fixed = pipe(**one, prior_only=True, negative_prompt=negative).images
     pipe.adapter.uninstall(unet)
     parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
     base = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     base.set_progress_bar_config(disable=True)
-    plain = base(PROMPT, generator=seeded(0), guidance_scale=5.0, **QUICK).images
+    plain = base(PROMPT, negative_prompt=negative, generator=seeded(0), guidance_scale=5.0, **QUICK).images
     np.testing.assert_allclose(fixed, plain, atol=1e-5)
 
 
