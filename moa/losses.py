@@ -12,16 +12,29 @@ from torch import Tensor
 EPS = 1e-5
 
 
-def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """‖M ⊙ (ε − ε_θ)‖², the mean over all latent pixels and channels, not the mask's alone (FastComposer).
+def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """‖M ⊙ (ε − ε_θ)‖², averaged over all latent pixels and channels, not over the mask's area (paper, FastComposer).
 
-    prediction, target: [B, C, H, W], noise or velocity.
-    mask: [B, 1, H, W] in [0, 1], the union of the subjects. ValueError unless it has the latents' size.
+    prediction, target: [B, C, H, W], ε or v. mask: [B, 1, H, W] in [0, 1], the union of the subjects at latent size.
+    weights: [B], of the samples, such as `snr_weights`; None weighs all alike, as the paper does.
     """
     if mask.shape[-2:] != prediction.shape[-2:]:
         sizes = f"{tuple(mask.shape[-2:])}, the latents {tuple(prediction.shape[-2:])}"
         raise ValueError(f"the mask has size {sizes}: resize the mask to the latents")
-    return (mask.float() * (prediction.float() - target.float())).square().mean()
+    per_sample = (mask.float() * (prediction.float() - target.float())).square().mean(dim=(1, 2, 3))
+    return per_sample.mean() if weights is None else (weights * per_sample).mean()
+
+
+def snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Min-SNR-γ weights [B] of samples at timesteps [B] (Hang et al., arXiv 2303.09556); ones for γ = 0.
+
+    min(SNR, γ) times what turns an ε or v loss into one on the clean latents: 1/SNR for ε, 1/(SNR + 1) for v.
+    """
+    if not gamma:
+        return torch.ones_like(timesteps, dtype=torch.float32)
+    alphas = alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
 def router_loss(router: Mapping[str, Tensor], mask: Tensor) -> Tensor:

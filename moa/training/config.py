@@ -33,6 +33,7 @@ class TrainConfig:
     keep_object: float = 1.0  # probability that a subject of a kept sample keeps its image [FastComposer: .9]
     masked_probability: float = 1.0  # share of batches with the masked loss [paper: all; FastComposer: .5]
     # Losses
+    snr_gamma: float = 0.0  # min-SNR weighting of timesteps, such as 5; 0 = none [paper, FastComposer]
     router_weight: float = 1e-4  # lambda_r of Eq. 11; not read by fastcomposer
     object_weight: float = 1e-4  # lambda_o of Eq. 11; FastComposer's localization weight is 1e-3
     loss_layers: tuple[str, ...] | None = (

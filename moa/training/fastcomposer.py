@@ -19,7 +19,7 @@ from moa.sampling import crop_side, load_image_encoder, load_prior
 from moa.training import loop
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch
-from moa.training.trainee import FrozenPrior, Trainee, normalised, union
+from moa.training.trainee import FrozenPrior, Trainee, normalised, timestep_weights, union
 
 
 class FastComposerTrainee(Trainee):
@@ -57,7 +57,8 @@ class FastComposerTrainee(Trainee):
             noisy, batch.timesteps, encoder_hidden_states=text, cross_attention_kwargs={"localization": seen}
         ).sample
         mask = union(batch.masks, batch.present) if batch.masked else torch.ones_like(noisy[:, :1])
-        denoising = masked_loss(answer, target, mask)
+        weights = timestep_weights(self.prior, batch, self.config.snr_gamma)
+        denoising = masked_loss(answer, target, mask, weights)
         localization = object_loss(seen.attention, batch.masks, batch.present) * batch.object_share
         loss = denoising + self.config.object_weight * localization
         return {

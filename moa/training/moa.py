@@ -21,7 +21,7 @@ from moa.sampling import crop_side, load_image_encoder, load_prior
 from moa.training import loop
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch
-from moa.training.trainee import FrozenPrior, Trainee, normalised, union
+from moa.training.trainee import FrozenPrior, Trainee, normalised, timestep_weights, union
 
 
 class MoATrainee(Trainee):
@@ -69,7 +69,8 @@ class MoATrainee(Trainee):
             noisy, batch.timesteps, encoder_hidden_states=text, cross_attention_kwargs={"moa": context}
         ).sample
         mask = union(batch.masks, batch.exists)
-        masked = masked_loss(answer, target, mask if batch.masked else torch.ones_like(mask))
+        weights = timestep_weights(self.prior, batch, self.config.snr_gamma)
+        masked = masked_loss(answer, target, mask if batch.masked else torch.ones_like(mask), weights)
         router = router_loss(recorder.router, mask)
         attention = object_loss(recorder.attention, batch.masks, batch.present) * batch.object_share
         loss = masked + self.config.router_weight * router + self.config.object_weight * attention

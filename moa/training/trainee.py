@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from moa.losses import snr_weights
 from moa.methods import Method, Sampling
 from moa.sampling import Pipeline, latent_shape, text_side
 from moa.training.config import TrainConfig
@@ -82,6 +83,12 @@ class FrozenPrior:
         if self.scheduler.config.prediction_type == "epsilon":
             return noisy, batch.noise
         return noisy, self.scheduler.get_velocity(latents, batch.noise, batch.timesteps)
+
+
+def timestep_weights(prior: FrozenPrior, batch: Batch, gamma: float) -> Tensor:
+    """Weight of each sample's masked loss, [B]."""
+    scheduler = prior.scheduler
+    return snr_weights(scheduler.alphas_cumprod, batch.timesteps, scheduler.config.prediction_type, gamma)
 
 
 class Trainee(nn.Module):

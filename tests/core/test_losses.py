@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moa.losses import map_size, masked_loss, object_loss, router_loss
+from moa.losses import map_size, masked_loss, object_loss, router_loss, snr_weights
 
 
 def square(size=16, low=4, high=12):
@@ -106,3 +106,22 @@ def test_a_map_that_fits_no_halving_is_an_error():
 def test_nothing_recorded_is_an_error(loss):
     with pytest.raises(ValueError, match="Recorder"):
         loss()
+
+
+def test_snr_weights_turn_either_loss_into_the_clipped_loss_on_clean_latents():
+    """ε and v losses of the same error in x₀ weigh the same: min(SNR, γ) ‖x₀ − x̂₀‖², in closed form."""
+    alphas = torch.linspace(0.999, 0.01, 1000)
+    timesteps = torch.tensor([0, 400, 999])
+    a, s = alphas[timesteps].sqrt(), (1 - alphas[timesteps]).sqrt()
+    error = torch.tensor([0.3, 0.2, 0.1])  # in x₀
+    expected = (a / s).square().clamp(max=5) * error.square()
+    epsilon, velocity = a / s * error, error / s  # what that error is in ε and in v
+    for kind, own in (("epsilon", epsilon), ("v_prediction", velocity)):
+        torch.testing.assert_close(snr_weights(alphas, timesteps, kind, 5.0) * own.square(), expected)
+    assert snr_weights(alphas, timesteps, "epsilon", 0.0).tolist() == [1, 1, 1]
+
+
+def test_masked_loss_weighs_samples():
+    prediction, target, mask = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
+    weighted = masked_loss(prediction, target, mask, torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(weighted, torch.tensor(2.0))
