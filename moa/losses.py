@@ -13,9 +13,9 @@ EPS = 1e-5
 
 
 def masked_loss(prediction: Tensor, target: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """‖M ⊙ (ε − ε_θ)‖², the mean over all latent pixels and channels, not over the mask's area (FastComposer).
+    """‖M ⊙ (ε − ε_θ)‖², mean over all latent pixels and channels, not over the mask's area (FastComposer).
 
-    prediction, target: [B, C, H, W], ε or v. mask: [B, 1, H, W] in [0, 1], the subjects' union at latent size.
+    prediction, target: [B, C, H, W], ε or v. mask: [B, 1, H, W] in [0, 1], the subjects at latent size.
     weights: [B], of the samples, such as `snr_weights`; None weighs all alike, as the paper does.
     """
     if mask.shape[-2:] != prediction.shape[-2:]:
