@@ -112,7 +112,7 @@ class ClipScorer:
     """CLIP's cosine, moved to 0..1, between what is said of a person and the photo cropped to a segment."""
 
     def __init__(self, source: ModelSource) -> None:
-        self.model = load(CLIPModel, source, "clip_judge").eval()
+        self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).eval()
         self.processor = load(CLIPProcessor, source, "clip_judge")
 
     @torch.inference_mode()

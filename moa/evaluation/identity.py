@@ -226,7 +226,7 @@ class AutoEmbedder:
     def __init__(self, source: ModelSource, device: str = "cpu"):
         """Load model and image processor. Raises DataError naming the key and the cure if that fails."""
         self.processor = load(AutoImageProcessor, source, "identity", backend="pil")
-        self.model = load(AutoModel, source, "identity").to(device).eval()
+        self.model = load(AutoModel, source, "identity", dtype=torch.float32).to(device).eval()
         self.device = device
 
     @torch.inference_mode()

@@ -28,7 +28,7 @@ class ClipJudge:
         """Load it. Raises DataError naming the key and the cure if that fails."""
         self.tokenizer = load(AutoTokenizer, source, "clip_judge")
         self.processor = load(AutoImageProcessor, source, "clip_judge", backend="pil")
-        self.model = load(CLIPModel, source, "clip_judge").to(device).eval()
+        self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).to(device).eval()
         self.device = device
 
     @torch.inference_mode()
