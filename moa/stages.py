@@ -159,6 +159,11 @@ def shards(config: Config, split: str) -> int:
     return -(-get(config, f"render.{split}") // get(config, "render.shard_size"))
 
 
+def _counts(file: Path) -> bool:
+    """Whether a file of a model's folder can change what the model does; cards, recipes and logs cannot."""
+    return file.is_file() and file.suffix not in (".md", ".csv") and not file.name.endswith("recipe.json")
+
+
 def model_files(config: Config, role: str) -> list[str]:
     """Files of the model that plays `role`, sorted; none for one of the hub, whose revision is a setting.
 
@@ -168,9 +173,7 @@ def model_files(config: Config, role: str) -> list[str]:
     if source is None:
         return []
     path = Path(source)
-    files = (
-        [source] if path.is_file() else sorted(str(file) for file in path.rglob("[!.]*") if file.is_file())
-    )
+    files = [source] if path.is_file() else sorted(map(str, filter(_counts, path.rglob("[!.]*"))))
     if not files and "weights" in config and source.startswith(str(config["weights"])):
         raise FileNotFoundError(
             f"models.{role}.id: there is no model in {source}; correct the key `weights`, or train models "
