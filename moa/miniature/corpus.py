@@ -11,11 +11,13 @@ import json
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from moa.hashing import code_hash
 from moa.miniature.captions import Caption, task_caption, web_caption
 from moa.miniature.render import render
 from moa.miniature.world import Scene, Split, identities, labels, sample_scene
@@ -35,6 +37,17 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    @cached_property
+    def _by_figures(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the scenes with one figure, and of those with two."""
+        counts = np.array([len(scene.identities) for scene in self.scenes])
+        return np.flatnonzero(counts == 1), np.flatnonzero(counts == 2)
+
+    def draw(self, rng: np.random.Generator, size: int, pairs: float) -> np.ndarray:
+        """Indices [size] of random scenes, each with two figures with probability `pairs`."""
+        single, double = self._by_figures
+        return np.where(rng.random(size) < pairs, rng.choice(double, size), rng.choice(single, size))
 
     def captions(self, indices: np.ndarray, rng: np.random.Generator, web_share: float) -> list[Caption]:
         """A new caption for each scene: a web caption with probability `web_share`, else a task caption."""
@@ -84,7 +97,8 @@ def load(
     prop_share: float = PROP_SHARE,
 ) -> Corpus:
     """The corpus, from `cache` when it is there, else rendered and kept there (atomically)."""
-    file = cache / f"{split}-{count}-{seed}-{pair_share:g}-{prop_share:g}.npz"
+    name = f"{split}-{count}-{seed}-{pair_share:g}-{prop_share:g}-{code_hash('moa.miniature.render')}"
+    file = cache / f"{name}.npz"
     if not file.exists():
         images, masks, drawn = _make(split, count, seed, pair_share, prop_share)
         text = np.array(json.dumps([s.to_dict() for s in drawn]))

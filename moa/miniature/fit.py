@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +59,10 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def resume(self) -> None:
-        """Go on from the checkpoint, if there is one of the same budget."""
+        """Go on from the checkpoint, if there is one."""
         if not self.file.exists():
             return
         state = torch.load(self.file, weights_only=True)
-        if state["budget"] != asdict(self.budget):
-            raise ValueError(
-                f"{self.file} was made with {state['budget']}; delete it to train with another budget"
-            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -75,7 +71,6 @@ class Run:
 
     def save(self) -> None:
         state = {
-            "budget": asdict(self.budget),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
@@ -117,6 +112,9 @@ class Run:
 
 def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:
     """Train `model` in place (its averaged weights when `budget.ema`); returns the seconds spent.
+
+    `folder` holds log.csv and the checkpoint that a killed run goes on from: a training of other data, code or
+    budget needs another folder.
 
     `loss(step, rng)` gives named losses of one batch; `rng` depends on (seed, step) alone, so a resumed
     training sees the batches that an unbroken one sees.

@@ -15,11 +15,23 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPModel
 
+from moa.hashing import code_hash, settings_hash
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
 from moa.miniature.recipes import annotators, clip, judges, prior, vae
+from moa.training.checkpoint import folder_hash
 
-Model = Literal["vae", "clip", "unet", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
+Model = Literal[
+    "vae",
+    "clip",
+    "unet",
+    "image_encoder",
+    "identity",
+    "attributes",
+    "clip_judge",
+    "segmenter",
+    "captioner",
+]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Parts:
-    """Trained parts that the prior's U-Net stands on."""
+    """Trained parts that the prior's U-Net and the subject encoder stand on."""
 
     vae: Path | None = None
     clip: Path | None = None
@@ -47,15 +59,22 @@ def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts)
     return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text)
 
 
+def _train_image_encoder(
+    budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+) -> tuple[nn.Module, float]:
+    if parts.clip is None:
+        raise ValueError("the subject encoder needs --clip: a folder that `pretrain` made for that model")
+    return clip.train_vision(budget, data, folder, CLIPModel.from_pretrained(parts.clip, dtype=torch.float32))
+
+
 RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Module, float]]] = {
     "vae": lambda budget, data, folder, parts: vae.train(budget, data, folder),
     "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
     "unet": _train_unet,
+    "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
-    "clip_judge": lambda budget, data, folder, parts: clip.train(
-        budget, data, folder, layers=3, web_share=0.2, hard_negatives=True
-    ),
+    "clip_judge": lambda budget, data, folder, parts: clip.train_judge(budget, data, folder),
     "segmenter": lambda budget, data, folder, parts: annotators.train_segmenter(budget, data, folder),
     "captioner": lambda budget, data, folder, parts: annotators.train_captioner(budget, data, folder),
 }
@@ -69,6 +88,8 @@ def save_processor(model: str, folder: Path) -> None:
         models.segmenter_processor().save_pretrained(folder)
     elif model == "captioner":
         models.captioner_processor().save_pretrained(folder)
+    elif model == "image_encoder":
+        models.image_processor().save_pretrained(folder)
     elif model in ("clip", "clip_judge"):
         models.clip_processor().save_pretrained(folder)
 
@@ -84,17 +105,27 @@ def run(
 ) -> None:
     """Train one model and save it in half precision.
 
-    `cache` keeps rendered scenes; `checkpoints` keeps the training's state, from which a killed run goes on.
+    `cache` keeps rendered scenes; `checkpoints` keeps the training's state, from which a killed run with the
+    same settings, data, code and parts goes on, until the model is saved.
     """
     torch.set_num_threads(settings.threads)
     data = corpus.load("pretrain", settings.images, settings.corpus_seed, cache)
     torch.manual_seed(settings.budget.seed)
-    trained, seconds = RECIPES[model](settings.budget, data, checkpoints / model, Parts(vae, clip))
+    key = settings_hash(
+        {
+            "settings": asdict(settings),
+            "data": data.sha256,
+            "code": code_hash("moa.miniature.pretrain"),
+            "parts": [folder_hash(part) for part in (vae, clip) if part],
+        }
+    )
+    state = checkpoints / f"{model}-{key}"
+    trained, seconds = RECIPES[model](settings.budget, data, state, Parts(vae, clip))
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     models.save_half(trained, partial)
     save_processor(model, partial)
-    shutil.copy(checkpoints / model / "log.csv", partial / "log.csv")
+    shutil.copy(state / "log.csv", partial / "log.csv")
     recipe = {
         "model": model,
         "parameters": sum(p.numel() for p in trained.parameters()),
@@ -107,21 +138,16 @@ def run(
     (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
+    shutil.rmtree(state)
 
 
-def assemble(vae: Path, clip: Path, unet: Path, prior: Path, image_encoder: Path) -> None:
-    """Join trained parts into the prior (diffusers' folder layout) and the subject encoder."""
-    both = CLIPModel.from_pretrained(clip)
-    text = models.text_encoder(both)
+def assemble(vae: Path, clip: Path, unet: Path, prior: Path) -> None:
+    """Join trained parts into the prior in diffusers' folder layout."""
+    text = models.text_encoder(CLIPModel.from_pretrained(clip))
     pipeline = models.assemble_prior(
         AutoencoderKL.from_pretrained(vae), UNet2DConditionModel.from_pretrained(unet), text
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
-    vision = models.vision_tower(both)
-    models.save_half(vision, image_encoder)
-    models.image_processor().save_pretrained(image_encoder)
     for name, source in {"vae": vae, "clip": clip, "unet": unet}.items():
         for file in ("recipe.json", "log.csv"):
             shutil.copy(source / file, prior / f"{name}-{file}")
-    for file in ("recipe.json", "log.csv"):
-        shutil.copy(clip / file, image_encoder / file)

@@ -2,7 +2,8 @@
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
 PARTS = ["vae", "clip", "unet"]
-WHOLE = ["identity", "attributes", "clip_judge", "segmenter", "captioner"]
+NEEDS = {"unet": ["vae", "clip"], "image_encoder": ["clip"]}
+WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
 
 
 wildcard_constraints:
@@ -19,7 +20,7 @@ rule pretrain_model:
     input:
         unpack(
             lambda wildcards: {
-                part: f"{PRETRAINED}/parts/{part}" for part in PARTS[:2] if wildcards.model == "unet"
+                part: f"{PRETRAINED}/parts/{part}" for part in NEEDS.get(wildcards.model, [])
             }
         ),
     output:
@@ -30,7 +31,7 @@ rule pretrain_model:
         f"{PRETRAINED}/benchmarks/{{model}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: lambda wildcards: CONFIG["pretrain"][wildcards.model].get("threads", 2)
     resources:
         mem_mb=6000,
     params:
@@ -50,8 +51,7 @@ rule assemble_prior:
     input:
         **{part: f"{PRETRAINED}/parts/{part}" for part in PARTS},
     output:
-        prior=directory(f"{PRETRAINED}/weights/prior"),
-        image_encoder=directory(f"{PRETRAINED}/weights/image_encoder"),
+        directory(f"{PRETRAINED}/weights/prior"),
     log:
         f"{PRETRAINED}/logs/assemble.log",
     conda:
@@ -62,7 +62,7 @@ rule assemble_prior:
         "Joining the prior's parts"
     shell:
         "python -m moa assemble --vae {input.vae} --clip {input.clip} --unet {input.unet}"
-        " --prior {output.prior} --image-encoder {output.image_encoder} > {log} 2>&1"
+        " --prior {output} > {log} 2>&1"
 
 
 rule publish_model:
@@ -84,7 +84,7 @@ rule publish_model:
 
 rule gates:
     input:
-        expand(f"{PRETRAINED}/weights/{{model}}", model=["prior", "image_encoder", *WHOLE]),
+        expand(f"{PRETRAINED}/weights/{{model}}", model=["prior", *WHOLE]),
     output:
         csv=f"{PRETRAINED}/gates.csv",
         samples=f"{PRETRAINED}/prior.png",

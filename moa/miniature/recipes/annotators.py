@@ -14,11 +14,11 @@ from moa.miniature import models
 from moa.miniature.captions import Wording, task_caption
 from moa.miniature.corpus import Corpus
 from moa.miniature.fit import Budget, fit
+from moa.miniature.recipes import vision
 from moa.miniature.recipes.clip import normalise
 from moa.miniature.tokenizer import load_tokenizer
-from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES
 
-HEADS = ("class", *APPEARANCE_ATTRIBUTES, "prop")
+LOOKING = 0.4  # share of the captioner's steps in which the vision tower learns alone
 
 FULL = Wording(
     context=1.0, generic=0.0, prefix=0.0
@@ -43,56 +43,47 @@ def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator)
 
 
 class WithHeads(nn.Module):
-    """A captioner with linear heads, needed in training only, that read attributes off the Q-Former's output.
+    """A captioner with heads, needed in training only, on the vision tower's patches and on the Q-Former's output.
 
-    Words alone teach the vision tower slowly: most of a caption is grammar. Heads: context attributes and
-    the class of either figure, the background, and whether there is a second figure.
+    Words alone teach the vision tower slowly: most of a caption is grammar.
     """
 
     def __init__(self, captioner: Blip2ForConditionalGeneration):
         super().__init__()
         self.captioner = captioner
-        width = models.QUERY_TOKENS * models.WIDTH
-        sizes = {f"{n}_{i}": len(ATTRIBUTES[n]) for n in HEADS for i in range(2)}
-        sizes |= {n: len(ATTRIBUTES[n]) for n in BACKGROUND_ATTRIBUTES} | {"second": 2}
-        self.heads = nn.ModuleDict({n: nn.Linear(width, size) for n, size in sizes.items()})
+        self.seen = vision.scene_heads(vision.TOKENS * models.WIDTH)
+        self.asked = vision.scene_heads(models.QUERY_TOKENS * models.WIDTH)
 
-    def forward(self, **batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of the text [B, L, V] and of every head."""
+    def look(self, pixels: Tensor, targets: vision.Labels) -> dict[str, Tensor]:
+        """The loss of the vision tower alone."""
+        hidden = self.captioner.vision_model(pixel_values=pixels).last_hidden_state
+        return {"seen": self.seen.loss(vision.patches(hidden), targets)}
+
+    def tell(self, batch: dict[str, Tensor], targets: vision.Labels) -> dict[str, Tensor]:
+        """The losses of all parts."""
+        labels = batch.pop("labels")
         out = self.captioner(**batch)
-        queries = out.qformer_outputs.last_hidden_state.flatten(1)
-        return out.logits, {n: head(queries) for n, head in self.heads.items()}
-
-
-def head_targets(corpus: Corpus) -> dict[str, Tensor]:
-    """Class index [N] for each head; −1 where there is no such figure."""
-    figures = [corpus.labels(0), corpus.labels(1)]
-    targets = {f"{n}_{i}": torch.from_numpy(figures[i][n]) for n in HEADS for i in range(2)}
-    targets |= {n: torch.from_numpy(figures[0][n]) for n in BACKGROUND_ATTRIBUTES}
-    return targets | {"second": (targets["class_1"] >= 0).long()}
+        words = out.logits[:, :-1].float().flatten(0, 1)
+        return {
+            "caption": F.cross_entropy(words, labels[:, 1:].flatten(), ignore_index=-100),
+            "seen": self.seen.loss(vision.patches(out.vision_outputs.last_hidden_state), targets),
+            "asked": self.asked.loss(out.qformer_outputs.last_hidden_state.flatten(1), targets),
+        }
 
 
 def train_captioner(
     budget: Budget, corpus: Corpus, folder: Path
 ) -> tuple[Blip2ForConditionalGeneration, float]:
-    """Picture → full task caption, by cross-entropy on words and on attributes; all from nothing."""
+    """Picture → full task caption: first the vision tower learns to see, then all parts learn to tell."""
     torch.manual_seed(budget.seed)
-    model, targets = WithHeads(models.captioner()), head_targets(corpus)
+    model, labels = WithHeads(models.captioner()), vision.scene_labels(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        indices = rng.integers(len(corpus), size=budget.batch_size)
-        batch = caption_batch(corpus, indices, rng)
-        labels = batch.pop("labels")
-        logits, heads = model(**batch)
-        words = logits[:, :-1].float().flatten(0, 1)
-        named = [
-            F.cross_entropy(heads[n].float(), t[torch.from_numpy(indices)], ignore_index=-1)
-            for n, t in targets.items()
-        ]
-        return {
-            "caption": F.cross_entropy(words, labels[:, 1:].flatten(), ignore_index=-100),
-            "attributes": torch.stack(named).mean(),
-        }
+        indices = corpus.draw(rng, budget.batch_size, vision.PAIRS)
+        targets = {n: t[torch.from_numpy(indices)] for n, t in labels.items()}
+        if step < LOOKING * budget.steps:
+            return model.look(normalise(corpus.images[indices]), targets)
+        return model.tell(caption_batch(corpus, indices, rng), targets)
 
     seconds = fit(model, loss, budget, folder)
     return model.captioner.eval(), seconds
@@ -114,7 +105,7 @@ def train_segmenter(
     model = models.segmenter()
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        indices = rng.integers(len(corpus), size=budget.batch_size)
+        indices = corpus.draw(rng, budget.batch_size, vision.PAIRS)
         x = models.segmenter_pixels(corpus.images[indices])
         targets = [segment_targets(corpus.masks[i]) for i in indices]
         masks = [F.interpolate(m[None], x.shape[-2:], mode="nearest")[0] for m, _ in targets]

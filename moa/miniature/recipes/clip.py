@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from moa.miniature import models
 from moa.miniature.captions import task_caption, web_caption
 from moa.miniature.corpus import Corpus
-from moa.miniature.fit import Budget, LossFunction, fit
+from moa.miniature.fit import Budget, fit
+from moa.miniature.recipes import vision
+from moa.miniature.recipes.judges import box
 from moa.miniature.tokenizer import load_tokenizer
 from moa.miniature.world import ATTRIBUTES, BACKGROUND_ATTRIBUTES, CONTEXT_ATTRIBUTES, Scene
 
+WEB_SHARE, JUDGE_WEB_SHARE = 0.8, 0.2  # of captions that name appearance, too; prompts never do
+JUDGE_PAIRS = 0.3  # share of the judge's pictures with two figures
+LOOKING = 0.4  # share of the judge's steps in which its vision tower learns alone
+WHOLE = (0, 0, models.IMAGE_SIZE, models.IMAGE_SIZE)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIPImageProcessor's
 
 
@@ -62,45 +68,120 @@ def contrast(
     return right, wrong
 
 
-def loss_function(
-    model: CLIPModel, corpus: Corpus, budget: Budget, web_share: float, hard_negatives: bool
-) -> LossFunction:
+def match(logits: Tensor) -> dict[str, Tensor]:
+    """Symmetric contrastive loss of logits [B, B + K]: picture i belongs to text i; the last K have no picture."""
+    count = len(logits)
+    target = torch.arange(count)
+    return {
+        "image": F.cross_entropy(logits, target) / 2,
+        "text": F.cross_entropy(logits[:, :count].T, target) / 2,
+    }
+
+
+def train(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
+    """Train both towers from nothing; returns the model, whose text tower is the prior's, and the seconds spent."""
+    torch.manual_seed(budget.seed)
+    model = models.clip()
+
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         indices = rng.integers(len(corpus), size=budget.batch_size)
-        if hard_negatives:
-            right, wrong = contrast(corpus, indices, rng, web_share)
-        else:
-            right, wrong = [c.text for c in corpus.captions(indices, rng, web_share)], []
-        out = model(pixel_values=normalise(corpus.images[indices]), **tokenize(right + wrong))
-        logits, count = out.logits_per_image.float(), len(indices)
-        target = torch.arange(count)
-        if wrong:  # a text that is right, too, is no negative
-            same = torch.tensor([a == b for a, b in zip(right, wrong, strict=True)])
-            logits = torch.cat(
-                [logits[:, :count], logits[:, count:].masked_fill(torch.diag(same), -1e4)], dim=1
-            )
-        return {
-            "image": F.cross_entropy(logits, target) / 2,
-            "text": F.cross_entropy(logits[:, :count].T, target) / 2,
-        }
+        texts = [c.text for c in corpus.captions(indices, rng, WEB_SHARE)]
+        out = model(pixel_values=normalise(corpus.images[indices]), **tokenize(texts))
+        return match(out.logits_per_image.float())
 
-    return loss
+    seconds = fit(model, loss, budget, folder)
+    return model.eval(), seconds
 
 
-def train(
-    budget: Budget,
-    corpus: Corpus,
-    folder: Path,
-    layers: int = 4,
-    web_share: float = 0.8,
-    hard_negatives: bool = False,
-) -> tuple[CLIPModel, float]:
-    """Train both towers from nothing; returns the model and the seconds spent.
+class Judge(nn.Module):
+    """A CLIP with the heads that only training needs, on its patches and on its picture embedding."""
 
-    hard_negatives: each caption brings one with one attribute wrong (NegCLIP, Yuksekgonul et al., 2023);
-        without, colours and backgrounds alone tell a batch's captions apart, and expressions go unlearned.
+    def __init__(self, clip: CLIPModel):
+        super().__init__()
+        self.clip = clip
+        self.seen = vision.scene_heads(vision.TOKENS * models.WIDTH)
+        self.pooled = vision.scene_heads(models.WIDTH)
+
+    def look(self, pixels: Tensor, targets: vision.Labels) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised embeddings [B, D] of pictures, and the losses of the heads."""
+        out = self.clip.vision_model(pixel_values=pixels)
+        embeds = self.clip.visual_projection(out.pooler_output)
+        seen = self.seen.loss(vision.patches(out.last_hidden_state), targets)
+        return F.normalize(embeds.float()), {"seen": seen, "pooled": self.pooled.loss(embeds, targets)}
+
+
+def train_judge(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
+    """A CLIP that shares nothing with the prior's: first its vision tower learns to see, then both towers to match.
+
+    Each caption brings one with one attribute wrong (NegCLIP, Yuksekgonul et al., 2023); without, colours
+    and backgrounds alone tell a batch's captions apart, and expressions go unlearned.
     """
     torch.manual_seed(budget.seed)
-    model = models.clip(layers)
-    seconds = fit(model, loss_function(model, corpus, budget, web_share, hard_negatives), budget, folder)
-    return model.eval(), seconds
+    model, labels = Judge(models.clip(layers=3)), vision.scene_labels(corpus)
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        indices = corpus.draw(rng, budget.batch_size, JUDGE_PAIRS)
+        targets = {n: t[torch.from_numpy(indices)] for n, t in labels.items()}
+        images, losses = model.look(normalise(corpus.images[indices]), targets)
+        if step < LOOKING * budget.steps:
+            return losses
+        right, wrong = contrast(corpus, indices, rng, JUDGE_WEB_SHARE)
+        text = model.clip.get_text_features(**tokenize(right + wrong)).pooler_output
+        logits = model.clip.logit_scale.exp() * images @ F.normalize(text.float()).T
+        same = torch.tensor([a == b for a, b in zip(right, wrong, strict=True)])
+        wrong_logits = logits[:, len(indices) :].masked_fill(
+            torch.diag(same), -1e4
+        )  # right, too: no negative
+        return losses | match(torch.cat([logits[:, : len(indices)], wrong_logits], dim=1))
+
+    seconds = fit(model, loss, budget, folder)
+    return model.clip.eval(), seconds
+
+
+class Sight(nn.Module):
+    """A subject encoder with the heads that only training needs, on its patches and on its embedding."""
+
+    def __init__(self, tower: CLIPVisionModelWithProjection):
+        super().__init__()
+        self.tower = tower
+        self.seen = vision.figure_heads(vision.TOKENS * models.WIDTH)
+        self.pooled = vision.figure_heads(models.WIDTH)
+
+    def forward(self, pixels: Tensor, targets: vision.Labels) -> tuple[Tensor, dict[str, Tensor]]:
+        """Embeddings [B, D] of pictures of one figure, and the losses of the heads."""
+        out = self.tower(pixel_values=pixels)
+        seen = self.seen.loss(vision.patches(out.last_hidden_state), targets)
+        return out.image_embeds, {"seen": seen, "pooled": self.pooled.loss(out.image_embeds, targets)}
+
+
+def train_vision(
+    budget: Budget, corpus: Corpus, folder: Path, clip: CLIPModel
+) -> tuple[CLIPVisionModelWithProjection, float]:
+    """Train the vision tower of `clip` on with its text tower locked: the subject encoder.
+
+    Half of a batch are whole pictures of one figure, which have captions to match; the others are squares
+    around a figure of any picture, as subjects are cut out of training photos.
+    """
+    torch.manual_seed(budget.seed)
+    tower = models.vision_tower(clip)
+    tower.set_attn_implementation("eager")
+    model, clip = Sight(tower), clip.eval().requires_grad_(False)
+    figures = [corpus.labels(0), corpus.labels(1)]
+    labels = {n: torch.from_numpy(np.stack([f[n] for f in figures], axis=1)) for n in vision.LOOKS}
+    half = budget.batch_size // 2
+
+    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        whole, cut = corpus.draw(rng, half, 0.0), corpus.draw(rng, half, vision.PAIRS)
+        which = [int(rng.integers(len(corpus.scenes[i].identities))) for i in cut]
+        boxes = [box(corpus.masks[i], f) or WHOLE for i, f in zip(cut, which, strict=True)]
+        squares = [vision.square(corpus.images[i], b, rng) for i, b in zip(cut, boxes, strict=True)]
+        pixels = normalise(np.concatenate([corpus.images[whole], np.stack(squares)]))
+        rows, columns = torch.from_numpy(np.concatenate([whole, cut])), torch.tensor([0] * half + which)
+        embeds, losses = model(pixels, {n: t[rows, columns] for n, t in labels.items()})
+        texts = [c.text for c in corpus.captions(whole, rng, WEB_SHARE)]
+        text = clip.get_text_features(**tokenize(texts)).pooler_output
+        images = F.normalize(embeds[:half].float())
+        return losses | match(clip.logit_scale.exp() * images @ F.normalize(text.float()).T)
+
+    seconds = fit(model, loss, budget, folder)
+    return model.tower.eval(), seconds
