@@ -113,8 +113,8 @@ class Run:
 def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:
     """Train `model` in place (its averaged weights when `budget.ema`); returns the seconds spent.
 
-    `folder` holds log.csv and the checkpoint that a killed run goes on from: a training of other data, code or
-    budget needs another folder.
+    `folder` holds log.csv and the checkpoint that a killed run goes on from: a training of other data, code
+    or budget needs another folder.
 
     `loss(step, rng)` gives named losses of one batch; `rng` depends on (seed, step) alone, so a resumed
     training sees the batches that an unbroken one sees.

@@ -19,9 +19,7 @@ rule pretrain:
 rule pretrain_model:
     input:
         unpack(
-            lambda wildcards: {
-                part: f"{PRETRAINED}/parts/{part}" for part in NEEDS.get(wildcards.model, [])
-            }
+            lambda wildcards: {part: f"{PRETRAINED}/parts/{part}" for part in NEEDS.get(wildcards.model, [])}
         ),
     output:
         directory(f"{PRETRAINED}/parts/{{model}}"),

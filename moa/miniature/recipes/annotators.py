@@ -43,7 +43,7 @@ def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator)
 
 
 class WithHeads(nn.Module):
-    """A captioner with heads, needed in training only, on the vision tower's patches and on the Q-Former's output.
+    """A captioner with heads, for training only, on the vision tower's patches and on the Q-Former's output.
 
     Words alone teach the vision tower slowly: most of a caption is grammar.
     """

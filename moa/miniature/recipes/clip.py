@@ -69,7 +69,7 @@ def contrast(
 
 
 def match(logits: Tensor) -> dict[str, Tensor]:
-    """Symmetric contrastive loss of logits [B, B + K]: picture i belongs to text i; the last K have no picture."""
+    """Symmetric contrastive loss of logits [B, B + K]: picture i goes with text i; K texts have no picture."""
     count = len(logits)
     target = torch.arange(count)
     return {
@@ -79,7 +79,7 @@ def match(logits: Tensor) -> dict[str, Tensor]:
 
 
 def train(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
-    """Train both towers from nothing; returns the model, whose text tower is the prior's, and the seconds spent."""
+    """Train both towers from nothing; returns the model (its text tower is the prior's) and the seconds."""
     torch.manual_seed(budget.seed)
     model = models.clip()
 
@@ -111,7 +111,7 @@ class Judge(nn.Module):
 
 
 def train_judge(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
-    """A CLIP that shares nothing with the prior's: first its vision tower learns to see, then both towers to match.
+    """A CLIP that shares nothing with the prior's: its vision tower learns to see, then both to match.
 
     Each caption brings one with one attribute wrong (NegCLIP, Yuksekgonul et al., 2023); without, colours
     and backgrounds alone tell a batch's captions apart, and expressions go unlearned.

@@ -1,8 +1,9 @@
 """Teaching vision transformers what to see: linear heads that only training needs.
 
-From captions alone a ViT trained for minutes learns colours and backgrounds, and hardly a mouth: one vector has to
-gather what the words ask for before any patch is told what to look at. A linear head over all patch tokens names
-the attributes straight away; what pools those tokens (a class token, BLIP-2's queries) then has something to pool.
+From captions alone a ViT trained for minutes learns colours and backgrounds, and hardly a mouth: one vector
+has to gather what the words ask for before any patch is told what to look at. A linear head over all patch
+tokens names the attributes straight away; what pools those tokens (a class token, BLIP-2's queries) then has
+something to pool.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Labels = dict[str, Tensor]  # class index [N] of each head; −1 where it says n
 
 
 def scene_labels(corpus: Corpus) -> Labels:
-    """What captions name of whole pictures: either figure's context, the prop, the background, a second figure."""
+    """What captions name of whole pictures: either figure's context, the prop, the background, a second one."""
     figures = [corpus.labels(0), corpus.labels(1)]
     targets = {f"{n}_{i}": torch.from_numpy(figures[i][n]) for n in (*CONTEXT, "prop") for i in range(2)}
     targets |= {n: torch.from_numpy(figures[0][n]) for n in BACKGROUND_ATTRIBUTES}
