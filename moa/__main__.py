@@ -54,11 +54,13 @@ def _function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
     """Settings of a stage, from its section as JSON or from a whole configuration file."""
-    from moa.config import load, read
+    from moa.config import check_device, load, read
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
     mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
-    return load(kind, mapping, STAGES[name].section.format(**values))
+    loaded = load(kind, mapping, STAGES[name].section.format(**values))
+    check_device(getattr(loaded, "device", "cpu"))
+    return loaded
 
 
 def run(arguments: Sequence[str]) -> None:

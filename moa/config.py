@@ -116,6 +116,18 @@ def _check(fits: bool, value: Any, key: str, wanted: str) -> Any:
     return value
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError naming the key if this machine has no such device."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: cuda, but PyTorch finds no GPU here: set `device: cpu`, or install a driver and a "
+                "PyTorch built for it"
+            )
+
+
 def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 

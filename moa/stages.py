@@ -84,9 +84,9 @@ STAGES: dict[str, Stage] = {
     ),
     "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
     "annotation": Stage("moa.miniature.annotation:run", "measure the annotators against the truth"),
-    "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR),
+    "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR | DEVICE),
     "train-fastcomposer": Stage(
-        "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR
+        "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR | DEVICE
     ),
     "plan": Stage("moa.evaluation.plan:run", "write down what the protocol asks for"),
     "generate": Stage(

@@ -61,9 +61,9 @@ _KEPT: dict[str, pa.DataType] = {
     "subject": pa.string(),  # of the one image
     "other": pa.string(),  # of the other
     "members": pa.list_(pa.string()),  # everyone in either image
-    "psnr": pa.float64(),  # dB; null where the subjects leave too little to compare
+    "psnr": pa.float64(),  # dB; null where somebody was not found, or too little is left to compare
     "ssim": pa.float64(),
-    "outside": pa.float64(),  # fraction of the pixels that were compared
+    "outside": pa.float64(),  # fraction of the pixels outside everyone who was found
 }  # of two images that differ in their subjects only
 
 

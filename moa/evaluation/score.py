@@ -99,6 +99,9 @@ def compare_swaps(
 ) -> None:
     """Write `KEPT` rows: context kept between images of the same prompt and noise with different subjects.
 
+    A pair has no values if nobody was found in one of its images, whose person would count as context, or if
+    the subjects leave too little to compare.
+
     Args:
         made: `SAMPLE` files; rows of a kind whose noise is shared form pairs, others none.
         seen: the features files of these images.
@@ -110,22 +113,23 @@ def compare_swaps(
     kept = []
     for one, other in context.swaps(rows):
         pixels = [np.asarray(samples.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
-        union = found[one["path"]].persons | found[other["path"]].persons
-        mask = context.dilate(union, dilation)
-        kept.append(_kept_row(one, other, context.kept(pixels[0], pixels[1], mask), float(1 - mask.mean())))
+        persons = [found[row["path"]].persons for row in (one, other)]
+        mask = context.dilate(persons[0] | persons[1], dilation)
+        alike = context.kept(pixels[0], pixels[1], mask) if all(p.any() for p in persons) else None
+        kept.append(_kept_row(one, other, alike, float(1 - mask.mean())))
     kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
     write_rows(output, kept, KEPT)
 
 
 def _kept_row(
-    one: Mapping[str, Any], other: Mapping[str, Any], kept: context.Kept | None, outside: float
+    one: Mapping[str, Any], other: Mapping[str, Any], alike: context.Kept | None, outside: float
 ) -> Row:
     same = ("method", "train_seed", "split", "kind", "prompt_id", "index", "subject")
     return {
         **{name: one[name] for name in same},
         "other": other["subject"],
         "members": sorted({*one["subjects"], *other["subjects"]}),
-        "psnr": kept.psnr if kept else None,
-        "ssim": kept.ssim if kept else None,
+        "psnr": alike.psnr if alike else None,
+        "ssim": alike.ssim if alike else None,
         "outside": outside,
     }

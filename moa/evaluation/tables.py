@@ -229,23 +229,29 @@ def details(rows: Rows, kind: str, group: str) -> Table:
 
 
 def kept_context(rows: Rows) -> Table:
-    """PSNR and SSIM outside the subjects by method, and the paired differences between methods."""
+    """PSNR and SSIM outside the subjects by method, and the paired differences between methods.
+
+    Pairs without values are counted as left out, also where they are all that a method has.
+    """
     table = []
-    groups = by_method([row for row in rows if row["psnr"] is not None])
-    left_out = {method: sum(row["psnr"] is None for row in own) for method, own in by_method(rows).items()}
-    for method, own in groups.items():
-        members = [row["members"] for row in own]
-        row = {"method": method, "minus": "", "pairs": len(own), "left_out": left_out[method]}
-        for metric in ("psnr", "ssim", "outside"):
-            row |= limits(metric, interval([r[metric] for r in own], members))
+    groups: dict[str, Rows] = {}
+    for method, every in by_method(rows).items():
+        own = [row for row in every if row["psnr"] is not None]
+        row = {"method": method, "minus": "", "pairs": len(own), "left_out": len(every) - len(own)}
+        if own:
+            groups[method] = own
+            members = [r["members"] for r in own]
+            for metric in ("psnr", "ssim", "outside"):
+                row |= limits(metric, interval([r[metric] for r in own], members))
         table.append(row)
     for reference, method in combinations(groups, 2):
         table.append(_context_difference(groups[method], groups[reference], method, reference))
     bounds = [f"{m}{side}" for m in ("psnr", "ssim", "outside") for side in ("", "_low", "_high")]
-    note = (
-        "PSNR in dB, SSIM, and the fraction of pixels compared, outside the dilated subjects of both images."
+    notes = (
+        "PSNR in dB, SSIM, and the fraction of pixels compared, outside the dilated subjects of both images.",
+        "Left out: pairs with an image in which nobody was found, or with too little outside the subjects.",
     )
-    return Table(("method", "minus", "pairs", "left_out", *bounds), table, (note,))
+    return Table(("method", "minus", "pairs", "left_out", *bounds), table, notes)
 
 
 def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:

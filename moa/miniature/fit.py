@@ -37,12 +37,12 @@ class Budget:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step (0 … steps − 1)."""
-        warm = min(1.0, (step + 1) / self.warmup)
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 class Run:
-    """The state of one training that survives a kill: weights, average, optimizer, step."""
+    """The state of one training that survives a kill: weights, average, optimizer, step, open row of the log."""
 
     def __init__(self, model: nn.Module, budget: Budget, folder: Path):
         self.model, self.budget, self.folder = model, budget, folder
@@ -52,6 +52,8 @@ class Run:
         )
         self.ema = EMAModel(parameters, decay=budget.ema) if budget.ema else None
         self.parameters, self.step, self.seconds = parameters, 0, 0.0
+        self.sums: dict[str, float] = {}  # losses since the last row of the log
+        self.summed = 0  # steps they were summed over
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -68,6 +70,7 @@ class Run:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.sums, self.summed = state["sums"], state["summed"]
 
     def save(self) -> None:
         state = {
@@ -76,22 +79,25 @@ class Run:
             "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
             "seconds": self.seconds,
+            "sums": self.sums,
+            "summed": self.summed,
         }
         partial = self.file.with_suffix(".tmp")
         torch.save(state, partial)
         os.replace(partial, self.file)
 
     def update(self, losses: dict[str, Tensor]) -> float:
-        """One optimizer step on the sum of the losses; returns the gradient norm before clipping."""
+        """One optimizer step on the sum of the losses; returns the gradient norm before clipping.
+
+        FloatingPointError, before any weight changes, if the loss or its gradient is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.budget.rate(self.step)
         total = torch.stack([v.float() for v in losses.values()]).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"loss is {total.item()} at step {self.step}: lower lr ({self.budget.lr})"
-            )
+        self._check("loss", total)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.budget.clip)
+        self._check("norm of the gradient", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
@@ -99,15 +105,32 @@ class Run:
         self.step += 1
         return float(norm)
 
-    def log(self, row: dict[str, float]) -> None:
-        """Append a row to log.csv, dropping rows that a killed run wrote past its checkpoint."""
-        file = self.folder / "log.csv"
+    def _check(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {value.item()} at step {self.step}: lower lr ({self.budget.lr})"
+            )
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Count a step's losses into the next row of the log."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.summed += 1
+
+    def log(self, norm: float) -> dict[str, float]:
+        """Append a row of mean losses to log.csv, dropping rows that a killed run wrote past its checkpoint."""
+        means = {name: value / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        row = {"step": self.step, **means, "grad_norm": norm, "seconds": round(self.seconds, 1)}
+        file, partial = self.folder / "log.csv", self.folder / "log.tmp"
         rows = list(csv.DictReader(file.open())) if file.exists() else []
-        rows = [r for r in rows if int(r["step"]) < row["step"]]
-        with file.open("w", newline="") as out:
+        rows = [r for r in rows if int(r["step"]) < self.step]
+        with partial.open("w", newline="") as out:
             writer = csv.DictWriter(out, fieldnames=list(row))
             writer.writeheader()
             writer.writerows([*rows, row])
+        os.replace(partial, file)
+        return means
 
 
 def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:
@@ -122,7 +145,6 @@ def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> f
     run = Run(model, budget, folder)
     run.resume()
     last_save = last = time.monotonic()
-    sums: dict[str, float] = {}
     with tqdm(total=budget.steps, initial=run.step, desc=folder.name, mininterval=5) as bar:
         while run.step < budget.steps:
             rng = np.random.default_rng([budget.seed, run.step])
@@ -132,13 +154,10 @@ def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> f
             norm = run.update(losses)
             now = time.monotonic()
             run.seconds, last = run.seconds + now - last, now
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / budget.log_every
+            run.add(losses)
             bar.update()
-            if run.step % budget.log_every == 0:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in sums.items()})
-                run.log({"step": run.step, **sums, "grad_norm": norm, "seconds": round(run.seconds, 1)})
-                sums = {}
+            if run.step % budget.log_every == 0 or run.step == budget.steps:
+                bar.set_postfix({k: f"{v:.4f}" for k, v in run.log(norm).items()})
             if now - last_save > budget.checkpoint_seconds:
                 run.save()
                 last_save = now

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,11 @@ from moa.miniature.render import render
 from moa.miniature.world import (
     ATTRIBUTES,
     CONTEXT_ATTRIBUTES,
-    IDENTITY_ATTRIBUTES,
     Identity,
     Scene,
     identities,
     labels,
+    mutate,
     sample_scene,
 )
 
@@ -68,19 +68,6 @@ def figure_crop(scene: Scene, figure: int = 0) -> Image.Image:
     if bounds is None:
         raise ValueError(f"figure {figure} of {scene} cannot be seen")
     return Image.fromarray(picture.image).crop(bounds)
-
-
-def mutate(identity: Identity, rng: np.random.Generator) -> Identity:
-    """The same identity but for one attribute."""
-    while True:
-        name = IDENTITY_ATTRIBUTES[int(rng.integers(len(IDENTITY_ATTRIBUTES)))]
-        value = ATTRIBUTES[name][int(rng.integers(len(ATTRIBUTES[name])))]
-        if value == getattr(identity, name):
-            continue
-        try:
-            return replace(identity, **{name: value})
-        except ValueError:  # a beard on a woman
-            continue
 
 
 def _photo(identity: Identity, rng: np.random.Generator) -> Image.Image:

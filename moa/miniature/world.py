@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -398,6 +398,19 @@ def identities(split: Split) -> list[Identity]:
 
 def _choice(rng: np.random.Generator, vocabulary: Sequence[Any]) -> Any:
     return vocabulary[int(rng.integers(len(vocabulary)))]
+
+
+def mutate(identity: Identity, rng: np.random.Generator) -> Identity:
+    """The same identity but for one attribute."""
+    while True:
+        name = _choice(rng, IDENTITY_ATTRIBUTES)
+        value = _choice(rng, ATTRIBUTES[name])
+        if value == getattr(identity, name):
+            continue
+        try:
+            return replace(identity, **{name: value})
+        except ValueError:  # a beard on a woman
+            continue
 
 
 def sample_pose(rng: np.random.Generator, figures: int = 1, figure: int = 0) -> Pose:

@@ -15,6 +15,7 @@ class TrainConfig:
 
     prior: ModelSource  # a StableDiffusionPipeline; frozen (FastComposer starts from its U-Net)
     image_encoder: ModelSource  # a CLIPVisionModelWithProjection with its CLIPImageProcessor
+    device: str = "cpu"  # cpu, or cuda, one GPU a process
     seed: int = 0  # of initial weights, order, noise, timesteps, drops, augmentation
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # images an optimizer step, over all processes and accumulated parts

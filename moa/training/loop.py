@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa.baselines.prior import Prior
+from moa.config import check_device
 from moa.data import records as tables
 from moa.hashing import code_hash
 from moa.methods import ModelSource, Subject
@@ -69,8 +70,13 @@ def _fingerprint(source: ModelSource) -> str:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate's state for this process: devices and mixed precision; accumulation is the loop's own."""
+    """Accelerate's state for this process: device and mixed precision; accumulation is the loop's own.
+
+    Raises ValueError if the config's device is not there: Accelerate by itself would take another.
+    """
+    check_device(config.device)
     return Accelerator(
+        cpu=config.device == "cpu",
         mixed_precision=config.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

@@ -92,6 +92,18 @@ def test_swaps_are_compared_outside_the_subjects(results, subjects_file):
     assert row["psnr"] == pytest.approx(-10 * np.log10(1 / 3), abs=1e-6)
 
 
+def test_swaps_with_an_image_of_nobody_have_no_value(results, subjects_file):
+    run(results, subjects_file)
+    score.compare_swaps(
+        [results / "samples.parquet"], [results / "features.parquet"], results, results / "kept.parquet"
+    )
+    kept = read_rows(results / "kept.parquet", KEPT)
+    unseen = [row for row in kept if "s3" in row["members"]]
+    assert len(unseen) == 2 * 5
+    assert all(row["psnr"] is row["ssim"] is None for row in unseen)
+    assert all(row["psnr"] is not None for row in kept if row not in unseen)
+
+
 def test_faceless_reference_is_named(results, subjects_file, monkeypatch):
     blind = type(
         "Blind",

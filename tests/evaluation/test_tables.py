@@ -116,6 +116,17 @@ def test_context_table_counts_what_was_left_out(files):
     assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.0000", "-5.0000")
 
 
+def test_method_whose_pairs_were_all_left_out_stays_in_the_context_table(files):
+    rows = kept_rows()
+    for row in rows:
+        if row["method"] == "fastcomposer":
+            row["psnr"] = row["ssim"] = None
+    write_rows(files / "kept.parquet", rows, KEPT)
+    last = read(run(files, files / "tables")["context.csv"])[-1]
+    assert (last["method"], last["minus"], last["pairs"], last["left_out"]) == ("fastcomposer", "", "0", "6")
+    assert last["psnr"] == last["outside_low"] == ""
+
+
 def test_no_samples_is_said(files):
     samples.write(files / "samples.parquet", [])
     with pytest.raises(DataError, match="generate and score"):

@@ -206,6 +206,18 @@ def test_a_changed_setting_starts_anew(models, shards):
     assert len({same, *others}) == 5
 
 
+def test_training_runs_on_the_device_of_the_config(models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop, "Accelerator", lambda cpu, **options: asked.append(cpu))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    loop.make_accelerator(tiny.config(models))
+    loop.make_accelerator(tiny.config(models, device="cuda"))
+    assert asked == [True, False]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: cuda, but PyTorch finds no GPU"):
+        loop.make_accelerator(tiny.config(models, device="cuda"))
+
+
 def test_two_trainings_of_the_same_thing_are_refused(models, shards, subjects, tmp_path):
     config = tiny.config(models)
     output = tmp_path / "train" / "moa"

@@ -54,6 +54,20 @@ def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
 
 
+@pytest.mark.parametrize("stage", ["train-moa", "generate"])
+def test_missing_gpu_is_said_before_anything_runs(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"prior": {"id": "a/b"}, "image_encoder": {"id": "a/b"}}
+    options = {
+        "train-moa": ["--records", "a", "--subjects", "b", "--output", "c"],
+        "generate": ["--subject", "a.png", "--prompt", "a man", "--out", "b.png"],
+    }
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: cuda, but PyTorch finds no GPU"):
+        command_line.run(
+            [stage, "--config", json.dumps({**models, "device": "cuda"}), *options[stage]],
+        )
+
+
 def test_several_values_and_repeated_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 

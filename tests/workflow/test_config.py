@@ -95,6 +95,13 @@ def test_loading_names_the_key_too() -> None:
         load(TrainConfig, given | {"steps": "many"}, "train.moa")
 
 
+def test_every_stage_that_runs_a_model_follows_the_device() -> None:
+    stages = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip"}}
+    assert stages >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
+    config = changed("device", "cuda")
+    assert {settings(name, config)["device"] for name in stages} == {"cuda"}
+
+
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "broken.yaml").write_text("a: [")

@@ -19,11 +19,11 @@ from moa.miniature.fit import Budget, fit
 from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
 from moa.miniature.tokenizer import load_tokenizer
-from moa.miniature.world import ATTRIBUTES, BACKGROUND_ATTRIBUTES, CONTEXT_ATTRIBUTES, Scene
+from moa.miniature.world import ATTRIBUTES, BACKGROUND_ATTRIBUTES, CONTEXT_ATTRIBUTES, Scene, mutate
 
 WEB_SHARE, JUDGE_WEB_SHARE = 0.8, 0.2  # of captions that name appearance, too; prompts never do
-JUDGE_PAIRS = 0.3  # share of the judge's pictures with two figures
-LOOKING = 0.4  # share of the judge's steps in which its vision tower learns alone
+PAIRS = 0.3  # share of pictures with two figures
+LOOKING = 0.4  # share of the steps in which the vision tower learns alone
 WHOLE = (0, 0, models.IMAGE_SIZE, models.IMAGE_SIZE)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIPImageProcessor's
 
@@ -53,23 +53,41 @@ def changed(scene: Scene, name: str, rng: np.random.Generator, figure: int = 0) 
     return replace(scene, context=replace(context, appearances=tuple(appearances)))
 
 
+def other_person(scene: Scene, corpus: Corpus, rng: np.random.Generator, figure: int) -> Scene:
+    """The scene with somebody of the other class in one figure's place."""
+    people = list(scene.identities)
+    while people[figure].class_word == scene.identities[figure].class_word:
+        people[figure] = corpus.scenes[int(rng.integers(len(corpus)))].identities[0]
+    return replace(scene, identities=tuple(people))
+
+
+def with_error(scene: Scene, corpus: Corpus, rng: np.random.Generator, web: bool) -> Scene:
+    """The scene with one thing wrong that its caption may name: a web caption names appearance, too."""
+    figure, choice = int(rng.integers(len(scene.identities))), rng.random()
+    if web and choice < 0.5:
+        people = list(scene.identities)
+        people[figure] = mutate(people[figure], rng)
+        return replace(scene, identities=tuple(people))
+    if choice > 1 - 1 / (1 + len(CONTEXT_ATTRIBUTES)):
+        return other_person(scene, corpus, rng, figure)
+    return changed(scene, CONTEXT_ATTRIBUTES[int(rng.integers(len(CONTEXT_ATTRIBUTES)))], rng, figure)
+
+
 def contrast(
     corpus: Corpus, indices: np.ndarray, rng: np.random.Generator, web_share: float
 ) -> tuple[list[str], list[str]]:
-    """A caption of each scene, and the same caption with one context attribute wrong (if it is mentioned)."""
+    """A caption of each scene, and the same caption with one thing wrong (if it is mentioned)."""
     right, wrong = [], []
     for i in indices:
-        scene, key = corpus.scenes[i], int(rng.integers(2**31))
-        write = web_caption if rng.random() < web_share else task_caption
-        name = CONTEXT_ATTRIBUTES[int(rng.integers(len(CONTEXT_ATTRIBUTES)))]
-        other = changed(scene, name, rng, int(rng.integers(len(scene.identities))))
+        scene, key, web = corpus.scenes[i], int(rng.integers(2**31)), rng.random() < web_share
+        write = web_caption if web else task_caption
         right.append(write(scene, np.random.default_rng(key)).text)
-        wrong.append(write(other, np.random.default_rng(key)).text)
+        wrong.append(write(with_error(scene, corpus, rng, web), np.random.default_rng(key)).text)
     return right, wrong
 
 
 def match(logits: Tensor) -> dict[str, Tensor]:
-    """Symmetric contrastive loss of logits [B, B + K]: picture i goes with text i; K texts have no picture."""
+    """Symmetric contrastive loss of logits [B, B + K]: picture i goes with text i; K texts with none."""
     count = len(logits)
     target = torch.arange(count)
     return {
@@ -78,23 +96,8 @@ def match(logits: Tensor) -> dict[str, Tensor]:
     }
 
 
-def train(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
-    """Train both towers from nothing; returns the model (its text tower is the prior's) and the seconds."""
-    torch.manual_seed(budget.seed)
-    model = models.clip()
-
-    def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        indices = rng.integers(len(corpus), size=budget.batch_size)
-        texts = [c.text for c in corpus.captions(indices, rng, WEB_SHARE)]
-        out = model(pixel_values=normalise(corpus.images[indices]), **tokenize(texts))
-        return match(out.logits_per_image.float())
-
-    seconds = fit(model, loss, budget, folder)
-    return model.eval(), seconds
-
-
-class Judge(nn.Module):
-    """A CLIP with the heads that only training needs, on its patches and on its picture embedding."""
+class WithHeads(nn.Module):
+    """A CLIP with heads, for training only, on its patches and on its picture embedding."""
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
@@ -110,22 +113,25 @@ class Judge(nn.Module):
         return F.normalize(embeds.float()), {"seen": seen, "pooled": self.pooled.loss(embeds, targets)}
 
 
-def train_judge(budget: Budget, corpus: Corpus, folder: Path) -> tuple[CLIPModel, float]:
-    """A CLIP that shares nothing with the prior's: its vision tower learns to see, then both to match.
+def train(
+    budget: Budget, corpus: Corpus, folder: Path, layers: int = 4, web_share: float = WEB_SHARE
+) -> tuple[CLIPModel, float]:
+    """Train both towers from nothing: first the vision tower learns to see, then both learn to match.
 
-    Each caption brings one with one attribute wrong (NegCLIP, Yuksekgonul et al., 2023); without, colours
-    and backgrounds alone tell a batch's captions apart, and expressions go unlearned.
+    Each caption brings one with one thing wrong (NegCLIP, Yuksekgonul et al., 2023); without, colours and
+    backgrounds alone tell a batch's captions apart: then neither tower learns expressions, and a prior that
+    reads the text tower draws men and women alike.
     """
     torch.manual_seed(budget.seed)
-    model, labels = Judge(models.clip(layers=3)), vision.scene_labels(corpus)
+    model, labels = WithHeads(models.clip(layers)), vision.scene_labels(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        indices = corpus.draw(rng, budget.batch_size, JUDGE_PAIRS)
+        indices = corpus.draw(rng, budget.batch_size, PAIRS)
         targets = {n: t[torch.from_numpy(indices)] for n, t in labels.items()}
         images, losses = model.look(normalise(corpus.images[indices]), targets)
         if step < LOOKING * budget.steps:
             return losses
-        right, wrong = contrast(corpus, indices, rng, JUDGE_WEB_SHARE)
+        right, wrong = contrast(corpus, indices, rng, web_share)
         text = model.clip.get_text_features(**tokenize(right + wrong)).pooler_output
         logits = model.clip.logit_scale.exp() * images @ F.normalize(text.float()).T
         same = torch.tensor([a == b for a, b in zip(right, wrong, strict=True)])

@@ -29,7 +29,7 @@ Labels = dict[str, Tensor]  # class index [N] of each head; −1 where it says n
 
 
 def scene_labels(corpus: Corpus) -> Labels:
-    """What captions name of whole pictures: either figure's context, the prop, the background, a second one."""
+    """What captions name of whole pictures: both figures' context, the prop, the background, a second one."""
     figures = [corpus.labels(0), corpus.labels(1)]
     targets = {f"{n}_{i}": torch.from_numpy(figures[i][n]) for n in (*CONTEXT, "prop") for i in range(2)}
     targets |= {n: torch.from_numpy(figures[0][n]) for n in BACKGROUND_ATTRIBUTES}
