@@ -23,6 +23,7 @@ from moa.training.checkpoint import folder_hash
 
 Model = Literal[
     "vae",
+    "decoder",
     "clip",
     "unet",
     "image_encoder",
@@ -46,17 +47,30 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class Parts:
-    """Trained parts that the prior's U-Net and the subject encoder stand on."""
+    """Trained parts that the prior's decoder and U-Net, and the subject encoder, stand on."""
 
     vae: Path | None = None
     clip: Path | None = None
 
 
+def _clip(folder: Path) -> CLIPModel:
+    """A saved CLIP in single precision, whatever it was saved in."""
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32)
+
+
 def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
     if parts.vae is None or parts.clip is None:
         raise ValueError("the U-Net needs --vae and --clip: folders that `pretrain` made for those models")
-    text = models.text_encoder(CLIPModel.from_pretrained(parts.clip))
+    text = models.text_encoder(_clip(parts.clip))
     return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text)
+
+
+def _train_decoder(
+    budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+) -> tuple[nn.Module, float]:
+    if parts.vae is None:
+        raise ValueError("the decoder needs --vae: a folder that `pretrain` made for that model")
+    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae))
 
 
 def _train_image_encoder(
@@ -64,12 +78,13 @@ def _train_image_encoder(
 ) -> tuple[nn.Module, float]:
     if parts.clip is None:
         raise ValueError("the subject encoder needs --clip: a folder that `pretrain` made for that model")
-    return clip.train_vision(budget, data, folder, CLIPModel.from_pretrained(parts.clip, dtype=torch.float32))
+    return clip.train_vision(budget, data, folder, _clip(parts.clip))
 
 
 RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Module, float]]] = {
     "vae": lambda budget, data, folder, parts: vae.train(budget, data, folder),
     "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
+    "decoder": _train_decoder,
     "unet": _train_unet,
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
@@ -143,13 +158,13 @@ def run(
     shutil.rmtree(state)
 
 
-def assemble(vae: Path, clip: Path, unet: Path, prior: Path) -> None:
+def assemble(vae: Path, decoder: Path, clip: Path, unet: Path, prior: Path) -> None:
     """Join trained parts into the prior in diffusers' folder layout."""
-    text = models.text_encoder(CLIPModel.from_pretrained(clip))
+    text = models.text_encoder(_clip(clip))
     pipeline = models.assemble_prior(
-        AutoencoderKL.from_pretrained(vae), UNet2DConditionModel.from_pretrained(unet), text
+        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(unet), text
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
-    for name, source in {"vae": vae, "clip": clip, "unet": unet}.items():
+    for name, source in {"vae": vae, "decoder": decoder, "clip": clip, "unet": unet}.items():
         for file in ("recipe.json", "log.csv"):
             shutil.copy(source / file, prior / f"{name}-{file}")

@@ -1,8 +1,8 @@
 # The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
-PARTS = ["vae", "clip", "unet"]
-NEEDS = {"unet": ["vae", "clip"], "image_encoder": ["clip"]}
+PARTS = ["vae", "decoder", "clip", "unet"]
+NEEDS = {"decoder": ["vae"], "unet": ["vae", "clip"], "image_encoder": ["clip"]}
 WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
 
 
@@ -59,7 +59,7 @@ rule assemble_prior:
     message:
         "Joining the prior's parts"
     shell:
-        "python -m moa assemble --vae {input.vae} --clip {input.clip} --unet {input.unet}"
+        "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet}"
         " --prior {output} > {log} 2>&1"
 
 
