@@ -137,7 +137,7 @@ def _singles(data: corpus.Corpus) -> list[int]:
 
 
 def measure_autoencoder(judge: AttributeJudge, pipeline: Any, data: corpus.Corpus) -> list[Row]:
-    """The classifier's accuracy on originals, and on reconstructions as a share of it."""
+    """The classifier's accuracy on originals, and on reconstructions as a share of it (NaN where it is 0)."""
     chosen = _singles(data)
     images = [data.images[i] for i in chosen]
     boxes = [box(data.masks[i], 0) or (0, 0, 64, 64) for i in chosen]
@@ -145,11 +145,12 @@ def measure_autoencoder(judge: AttributeJudge, pipeline: Any, data: corpus.Corpu
     rebuilt = reconstruct(pipeline.vae, np.stack(images))
     before, after = (_accuracy(judge(pictures, boxes), truth) for pictures in (images, list(rebuilt)))
     names = [n for n in ATTRIBUTES if n != "prop"]
+    kept = {n: after[n] / before[n] if before[n] else float("nan") for n in names}
     error = ((np.stack(images).astype(float) - rebuilt) / 255) ** 2
     psnr = float(np.mean(-10 * np.log10(error.mean(axis=(1, 2, 3)))))
     return [
         *(("attributes", f"accuracy: {n}", before[n], None, len(chosen)) for n in names),
-        *(("autoencoder", f"kept: {n}", after[n] / before[n], 0.95, len(chosen)) for n in names),
+        *(("autoencoder", f"kept: {n}", kept[n], 0.95, len(chosen)) for n in names),
         ("autoencoder", "PSNR, dB", psnr, None, len(chosen)),
     ]
 
@@ -279,7 +280,9 @@ def measure_prior(
 
 
 def sheet(images: NDArray[np.uint8], columns: int = 8, zoom: int = 2) -> Image.Image:
-    """A contact sheet of equal pictures."""
+    """A contact sheet of equal pictures, white where the last row ends early."""
+    blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
+    images = np.concatenate([images, blank])
     rows = [np.concatenate(list(images[i : i + columns]), axis=1) for i in range(0, len(images), columns)]
     picture = Image.fromarray(np.concatenate(rows))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
