@@ -13,7 +13,7 @@ import base64
 import csv
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +55,7 @@ SECTIONS = (
     Section(
         "Subject swap: what stays when the subject changes",
         "Along a row noise and prompt stay and the subject changes. PSNR and SSIM compare pixels outside "
-        "both subjects' dilated masks.",
+        "both subjects' dilated masks; pairs with an image in which nobody was found are left out.",
         ("tables/context.csv", "figures/swap.png"),
     ),
     Section(
@@ -133,9 +133,10 @@ def file_html(path: Path) -> str:
     return f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
 
 
-def section(results: Path, part: Section) -> dict[str, Any] | None:
-    """What the page's template shows of a section; None if none of its files is there."""
-    files = [path for pattern in part.files for path in sorted(results.glob(pattern))]
+def section(results: Path, part: Section, shown: Sequence[Path]) -> dict[str, Any] | None:
+    """What the page's template shows of a section; None if none of its files is there and to be shown."""
+    there = [path for pattern in part.files for path in sorted(results.glob(pattern))]
+    files = [path for path in there if not shown or {path, *path.parents} & set(shown)]
     if not files:
         return None
     parts = [(path.relative_to(results).as_posix(), file_html(path)) for path in files]
@@ -150,13 +151,15 @@ def installed(package: str) -> str | None:
         return None
 
 
-def run(results: Path, config: str, output: Path) -> None:
+def run(results: Path, config: str, output: Path, shown: Sequence[Path] = ()) -> None:
     """Write the report.
 
     Args:
         results: folder of a run.
         config: its whole configuration as JSON.
         output: HTML file to write.
+        shown: files and folders of the run, so that what an earlier configuration left is not shown; by
+            default everything that is there.
     """
     settings = json.loads(config)
     versions: list[tuple[str, str]] = [
@@ -165,12 +168,13 @@ def run(results: Path, config: str, output: Path) -> None:
     ]
     versions += [(name, found) for name in PACKAGES if (found := installed(name))]
     notebooks = sorted((results / "notebooks").glob("*.ipynb"))
+    notebooks = [path for path in notebooks if not shown or path in shown]
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
     text = page.render(
         title=f"Mixture-of-Attention, preset {settings['preset']}",
-        sections=[shown for part in SECTIONS if (shown := section(results, part))],
+        sections=[entry for part in SECTIONS if (entry := section(results, part, shown))],
         notebook=notebooks[0].relative_to(results).as_posix() if notebooks else "",
         config=json.dumps(settings, indent=1),
         versions=versions,

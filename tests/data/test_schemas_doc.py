@@ -34,6 +34,11 @@ def test_samples_are_explained():
     assert set(documented("request, made, sample")) == set(samples.SAMPLE.names)
 
 
+def test_kept_context_is_explained():
+    columns = re.findall(r"^\| (`.+?`) \|", SECTIONS["kept"], re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(columns)) == samples.KEPT.names
+
+
 def test_parts_of_lists_are_explained():
     for schema, section in ((records.SEGMENT, "segment"), (records.RECORD, "record")):
         for part in schema.field("segments").type.value_type:
