@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from moa.data import phrases
 from moa.data.annotators import load
+from moa.data.crops import middle_square
 from moa.data.errors import BrokenImage, DataError, Rejected
 from moa.data.phrases import Phrase
 from moa.data.records import (
@@ -193,6 +194,14 @@ def large_enough(segments: Sequence[Row], pixels: int, config: AlignConfig) -> l
     return sorted(large, key=lambda segment: (segment["bbox"][0] + segment["bbox"][2], segment["segment_id"]))
 
 
+def check_visible(segments: Sequence[Row], ids: NDArray[Any]) -> None:
+    """Raise Rejected if training, which sees the middle square of a photo, would see nothing of somebody."""
+    seen = set(np.unique(middle_square(ids)).tolist())
+    hidden = [segment["bbox"] for segment in segments if segment["segment_id"] not in seen]
+    if hidden:
+        raise Rejected("outside", f"boxes {hidden} in a photo of {ids.shape[1]} × {ids.shape[0]} pixels")
+
+
 # --- Records ----------------------------------------------------------------------------------------------
 
 
@@ -226,6 +235,7 @@ class Aligner:
         segments = large_enough(found["segments"], ids.size, self.config)
         if len(people) != len(segments):
             raise Rejected("count_mismatch", f"{len(people)} named, {len(segments)} found: {text!r}")
+        check_visible(segments, ids)
         try:
             photo = decode_image(raw["image"])
         except BrokenImage as error:

@@ -49,6 +49,13 @@ def cut_out(image: Pixels, inside: NDArray[np.bool_], generator: np.random.Gener
     return np.where(inside[..., None], image, noise)
 
 
+def middle_square(pixels: NDArray[Any]) -> NDArray[Any]:
+    """The middle square of an image [H, W, 3] or an id map [H, W]: all of it that training sees."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
 def pad_to_square(image: Image.Image, fill: int = 0) -> Image.Image:
     """The image in the middle of the smallest square that holds it; the rest is grey level `fill`."""
     side = max(image.size)

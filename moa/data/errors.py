@@ -10,6 +10,7 @@ REASONS = {
     "no_segment": "the segmenter found nobody",
     "too_small": "nobody found is large enough",
     "too_many": "more people than a record may hold",
+    "outside": "somebody has no pixel in the photo's middle square, which is all that training sees",
     "count_mismatch": "caption and segments disagree on how many there are",
     "truncated": "the caption is too long for the text encoder",
 }

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from moa.data import records
-from moa.data.crops import CropConfig, subject_image, subject_masks
+from moa.data.crops import CropConfig, middle_square, subject_image, subject_masks
 from moa.data.errors import DataError
 from moa.training.config import TrainConfig
 
@@ -98,17 +98,9 @@ class Batch:
 
 def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """The middle square of [H, W, 3], resized to `size` pixels."""
-    side = min(image.shape[:2])
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    middle = Image.fromarray(image[top : top + side, left : left + side])
-    return np.asarray(middle if side == size else middle.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def square_ids(ids: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The middle square of an id map [H, W]."""
-    side = min(ids.shape)
-    top, left = (ids.shape[0] - side) // 2, (ids.shape[1] - side) // 2
-    return ids[top : top + side, left : left + side]
+    middle = Image.fromarray(middle_square(image))
+    same = middle.width == size
+    return np.asarray(middle if same else middle.resize((size, size), Image.Resampling.LANCZOS))
 
 
 class Records(Dataset[dict[str, Any]]):
@@ -151,7 +143,7 @@ class Records(Dataset[dict[str, Any]]):
             raise DataError(
                 f"record {row['id']}: mask is {ids.shape}, image {image.shape[:2]}; make it again"
             )
-        seen, areas = np.unique(square_ids(ids), return_counts=True)
+        seen, areas = np.unique(middle_square(ids), return_counts=True)
         area = dict(zip(seen.tolist(), areas.tolist(), strict=True))
         chosen = sorted(row["segments"], key=lambda s: -area.get(s["segment_id"], 0))[
             : self.config.max_subjects
@@ -163,7 +155,8 @@ class Records(Dataset[dict[str, Any]]):
         for segment in chosen:
             if segment["segment_id"] not in area:
                 raise DataError(
-                    f"record {row['id']}: subject {segment['word']!r} has no pixel in the mask; make it again"
+                    f"record {row['id']}: subject {segment['word']!r} has no pixel in the mask's middle "
+                    "square; make the records again with the stage align, which leaves such photos out"
                 )
         try:
             tokens = self.find_tokens(row["caption"], [(s["start"], s["end"]) for s in chosen])
@@ -213,7 +206,7 @@ class Records(Dataset[dict[str, Any]]):
 
     def _masks(self, number: int, example: Example) -> torch.Tensor:
         size = (self.sizes.latent, self.sizes.latent)
-        return torch.from_numpy(subject_masks(square_ids(example.ids), example.segments, size))
+        return torch.from_numpy(subject_masks(middle_square(example.ids), example.segments, size))
 
     def pixels(self, number: int) -> torch.Tensor:
         """What the autoencoder sees of a record: [3, H, W] in -1..1."""

@@ -34,19 +34,21 @@ def config(tokenizer) -> AlignConfig:
     return AlignConfig(tokenizer, tokenizer_subfolder="", max_rejected=1.0)
 
 
-def shard(folder, cases: list[tuple[str | None, list[tuple[int, int]]]], problem: str | None = None) -> list:
-    """Write a shard of 20 × 20 photos: each case is a caption and the columns (from, to) of the segments."""
+def shard(
+    folder, cases: list[tuple[str | None, list[tuple[int, int]]]], problem: str | None = None, width: int = 20
+) -> list:
+    """Write a shard of photos 20 pixels high: each case is a caption and the columns of its segments."""
     raw, captions, segments = [], [], []
     for number, (caption, columns) in enumerate(cases):
-        mask, name = np.zeros((20, 20), np.int32), f"p{number}"
+        mask, name = np.zeros((20, width), np.int32), f"p{number}"
         for k, (start, stop) in enumerate(columns, start=1):
             mask[:, start:stop] = k
         found = [
             {"segment_id": k, "label": "person", "score": 0.9, "bbox": [a, 0, b, 20], "area": 20 * (b - a)}
             for k, (a, b) in enumerate(columns, start=1)
         ]
-        image = encode_image(np.full((20, 20, 3), number, np.uint8))
-        size = {"sha256": sha256(image["bytes"]), "width": 20, "height": 20, "source": "test"}
+        image = encode_image(np.full((20, width, 3), number, np.uint8))
+        size = {"sha256": sha256(image["bytes"]), "width": width, "height": 20, "source": "test"}
         raw.append({"id": name, "image": image, **size})
         silent = None if caption else "empty_caption: the model said nothing"
         captions.append({"id": name, "caption": caption, "problem": silent, **MODEL})
@@ -59,9 +61,9 @@ def shard(folder, cases: list[tuple[str | None, list[tuple[int, int]]]], problem
     return paths
 
 
-def outcome(config, folder, caption, columns, problem=None) -> str:
+def outcome(config, folder, caption, columns, problem=None, width=20) -> str:
     """The reason for which a single photo is rejected, or "kept"."""
-    paths = shard(folder, [(caption, columns)], problem)
+    paths = shard(folder, [(caption, columns)], problem, width)
     align.run(config, "train", *paths)
     rejected = read_rows(paths[4], REJECTED)
     assert len(rejected) + len(read_rows(paths[3], RECORD)) == 1
@@ -91,6 +93,13 @@ HALVES = [(0, 9), (11, 20)]
 def test_every_photo_is_kept_or_rejected_with_its_reason(config, tmp_path, caption, columns, reason):
     assert outcome(replace(config, min_area=0.1), tmp_path, caption, columns) == reason
     assert reason in {*REASONS, "kept"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"), [((0, 10), "outside"), ((0, 11), "kept"), ((30, 40), "outside")]
+)
+def test_a_person_whom_training_would_not_see_is_rejected(config, tmp_path, columns, reason):
+    assert outcome(config, tmp_path, "a man", [columns], width=40) == reason
 
 
 def test_a_photo_that_could_not_be_read_is_rejected_as_such(config, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moa.data.errors import DataError
-from moa.data.records import RECORD, encode_mask, write_rows
+from moa.data.records import RECORD, encode_image, encode_mask, write_rows
 from moa.sampling import load_prior
 from moa.training.config import TrainConfig
 from moa.training.dataset import Records, Sizes, batches, collate, keyed_seed
@@ -138,6 +138,13 @@ def test_seeds_differ_between_purposes():
         ({"segments": []}, "00000.*has no subject"),
         ({"mask": encode_mask(np.zeros((32, 32), np.uint8))}, "00000: subject 'man' has no pixel"),
         ({"mask": encode_mask(np.ones((16, 16), np.uint8))}, "00000: mask"),
+        (
+            {
+                "mask": encode_mask(np.eye(1, 64, dtype=np.uint8).repeat(32, 0)),
+                "image": encode_image(np.zeros((32, 64, 3), np.uint8)),
+            },
+            "no pixel in the mask's middle square; make the records again with the stage align",
+        ),
     ],
 )
 def test_broken_records_are_named(change, message, models, tmp_path):
