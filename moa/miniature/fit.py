@@ -42,7 +42,7 @@ class Budget:
 
 
 class Run:
-    """The state of one training that survives a kill: weights, average, optimizer, step, open row of the log."""
+    """The state of a training that survives a kill: weights, average, optimizer, step, open row of log."""
 
     def __init__(self, model: nn.Module, budget: Budget, folder: Path):
         self.model, self.budget, self.folder = model, budget, folder
@@ -118,7 +118,7 @@ class Run:
         self.summed += 1
 
     def log(self, norm: float) -> dict[str, float]:
-        """Append a row of mean losses to log.csv, dropping rows that a killed run wrote past its checkpoint."""
+        """Append mean losses to log.csv, dropping rows that a killed run wrote past its checkpoint."""
         means = {name: value / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
         row = {"step": self.step, **means, "grad_norm": norm, "seconds": round(self.seconds, 1)}
