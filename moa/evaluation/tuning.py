@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,10 @@ BOUNDS = tuple(f"{metric}{side}" for metric in ("ip", "pc") for side in ("", "_l
 
 
 def tabulate(trials: Sequence[str], changes: str, output: Path) -> None:
-    """Write tuning.csv, a row a trial: method, trial, its changes to the configuration, IP, PC, found.
+    """Write tuning.csv, a row a trial: method, trial, its changes to the configuration, IP, PC, found, score.
+
+    The score is what trials are chosen by: the geometric mean of IP and PC, so that a per cent of the one
+    weighs as much as a per cent of the other.
 
     Args:
         trials: `method/trial=file of scored samples`, validation subjects only.
@@ -43,6 +47,7 @@ def tabulate(trials: Sequence[str], changes: str, output: Path) -> None:
                 "images": len(own),
                 **scores,
                 "found": found,
+                "score": math.sqrt(max(scores["ip"], 0.0) * max(scores["pc"], 0.0)),
             }
         )
-    save(Table(("method", "trial", "changes", "images", *BOUNDS, "found"), rows), output)
+    save(Table(("method", "trial", "changes", "images", *BOUNDS, "found", "score"), rows), output)

@@ -253,7 +253,22 @@ def captioner() -> Blip2ForConditionalGeneration:
         num_query_tokens=QUERY_TOKENS,
         image_token_index=image_token_id(),
     )
-    return Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model = Blip2ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        model.vision_model.embeddings.position_embedding[:, 1:] = grid_positions(IMAGE_SIZE // 8, WIDTH)
+    return model
+
+
+def grid_positions(side: int, width: int, scale: float = 0.3) -> Tensor:
+    """[side², width]: sines and cosines of row and column, as large as patch embeddings are at the start.
+
+    Positions drawn with transformers' 0.02 are lost beside the patches, and attention learns late where to look.
+    """
+    frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)
+    rows, columns = one[:, None].expand(side, side, -1), one[None].expand(side, side, -1)
+    return scale * torch.cat([rows, columns], dim=2).reshape(side * side, width)
 
 
 def captioner_processor() -> Blip2Processor:

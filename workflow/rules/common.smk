@@ -5,6 +5,7 @@ from pathlib import Path
 from moa import stages
 from moa.config import resolve
 from moa.hashing import code_hash
+from moa.trained import TRAINED
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
@@ -51,13 +52,20 @@ def parts(kind, *folder):
     return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
 
 
+def option(name, values):
+    """An option of a stage with its values; nothing if there are none."""
+    return " ".join([name, *values]) if values else ""
+
+
 def changes(method, trial, section):
     """What a trial changes of `train` or `sampling`."""
     return TUNING[method][trial].get(section, {})
 
 
 def training_of(method, trial):
-    """The first trial with the same training: its folder holds the weights."""
+    """The folder of a trial's weights: the main training's, or that of the first trial with the same changes."""
     wanted = changes(method, trial, "train")
+    if not wanted:
+        return f"{OUT}/train/{method}"
     first = next(name for name in TUNING[method] if changes(method, name, "train") == wanted)
     return f"{OUT}/tuning/{method}/{first}/{method}"

@@ -1,6 +1,6 @@
 # Choosing settings, on validation subjects only: `snakemake tune` trains and scores every trial of `tuning`.
 # A trial is the configuration with changes to train.<method> (`train`) and to generate.sampling (`sampling`);
-# trials of a method with the same changes to `train` share one training.
+# trials of a method with the same changes to `train` share one training, those without any the main one.
 TRIALS = [(method, trial) for method, trials in TUNING.items() for trial in trials]
 
 

@@ -18,7 +18,7 @@ from moa.miniature.recipes import vision
 from moa.miniature.recipes.clip import normalise
 from moa.miniature.tokenizer import load_tokenizer
 
-LOOKING = 0.4  # share of the captioner's steps in which the vision tower learns alone
+LOOKING = 0.5  # share of the captioner's steps in which it learns to see, before it learns to tell
 
 FULL = Wording(
     context=1.0, generic=0.0, prefix=0.0
@@ -35,7 +35,6 @@ def caption_batch(corpus: Corpus, indices: np.ndarray, rng: np.random.Generator)
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100
     return {
-        "pixel_values": normalise(corpus.images[indices]),
         "input_ids": torch.cat([images, ids], dim=1),
         "attention_mask": torch.cat([torch.ones_like(images), mask], dim=1),
         "labels": torch.cat([torch.full_like(images, -100), labels], dim=1),
@@ -55,9 +54,14 @@ class WithHeads(nn.Module):
         self.asked = vision.scene_heads(models.QUERY_TOKENS * models.WIDTH)
 
     def look(self, pixels: Tensor, targets: vision.Labels) -> dict[str, Tensor]:
-        """The loss of the vision tower alone."""
+        """The losses of the vision tower and of the queries, without a word."""
         hidden = self.captioner.vision_model(pixel_values=pixels).last_hidden_state
-        return {"seen": self.seen.loss(vision.patches(hidden), targets)}
+        queries = self.captioner.query_tokens.expand(len(pixels), -1, -1)
+        asked = self.captioner.qformer(query_embeds=queries, encoder_hidden_states=hidden).last_hidden_state
+        return {
+            "seen": self.seen.loss(vision.patches(hidden), targets),
+            "asked": self.asked.loss(asked.flatten(1), targets),
+        }
 
     def tell(self, batch: dict[str, Tensor], targets: vision.Labels) -> dict[str, Tensor]:
         """The losses of all parts."""
@@ -74,16 +78,17 @@ class WithHeads(nn.Module):
 def train_captioner(
     budget: Budget, corpus: Corpus, folder: Path
 ) -> tuple[Blip2ForConditionalGeneration, float]:
-    """Picture → full task caption: first the vision tower learns to see, then all parts learn to tell."""
+    """Picture → full task caption: first vision tower and queries learn to see, then all parts to tell."""
     torch.manual_seed(budget.seed)
     model, labels = WithHeads(models.captioner()), vision.scene_labels(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         indices = corpus.draw(rng, budget.batch_size, vision.PAIRS)
         targets = {n: t[torch.from_numpy(indices)] for n, t in labels.items()}
+        pixels = vision.jitter(normalise(corpus.images[indices]), rng)
         if step < LOOKING * budget.steps:
-            return model.look(normalise(corpus.images[indices]), targets)
-        return model.tell(caption_batch(corpus, indices, rng), targets)
+            return model.look(pixels, targets)
+        return model.tell({"pixel_values": pixels, **caption_batch(corpus, indices, rng)}, targets)
 
     seconds = fit(model, loss, budget, folder)
     return model.captioner.eval(), seconds

@@ -70,6 +70,16 @@ def patches(hidden: Tensor) -> Tensor:
     return hidden[:, 1:].flatten(1)
 
 
+def jitter(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Normalised pixels [B, 3, S, S], each picture shifted by up to 5 % and zoomed, all a little noisy."""
+    theta = torch.zeros(len(pixels), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = torch.from_numpy(rng.uniform(0.92, 1.1, len(pixels))).float()
+    theta[:, :, 2] = torch.from_numpy(rng.uniform(-0.1, 0.1, (len(pixels), 2))).float()
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, align_corners=False, padding_mode="border")
+    return moved + torch.randn_like(moved) * 0.1 * float(rng.random())
+
+
 def square(image: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator) -> np.ndarray:
     """uint8 [S, S, 3]: a square of random size and place around a figure's box [x1, y1, x2, y2)."""
     x1, y1, x2, y2 = box
