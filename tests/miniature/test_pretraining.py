@@ -1,0 +1,641 @@
+"""Training of the miniature's own models: exact resumes, loadable folders, labels that fit their pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForUniversalSegmentation,
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    ResNetModel,
+)
+
+from moa.hashing import ROOT
+from moa.miniature import cards, corpus, gates, models, pretrain
+from moa.miniature import fit as fit_module
+from moa.miniature.fit import Budget, fit
+from moa.miniature.recipes import clip as clip_recipe
+from moa.miniature.recipes import vae as vae_recipe
+from moa.miniature.recipes import vision
+from moa.miniature.recipes.judges import box
+from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES
+
+LOADERS = {
+    "vae": AutoencoderKL,
+    "decoder": AutoencoderKL,
+    "clip": CLIPModel,
+    "unet": UNet2DConditionModel,
+    "image_encoder": CLIPVisionModelWithProjection,
+    "identity": ResNetModel,
+    "attributes": AutoModelForImageClassification,
+    "clip_judge": CLIPModel,
+    "segmenter": AutoModelForUniversalSegmentation,
+    "captioner": Blip2ForConditionalGeneration,
+}
+PIXELS = {  # what the processor beside a model makes of a picture
+    "clip": 64,
+    "image_encoder": 64,
+    "identity": 96,
+    "attributes": 96,
+    "clip_judge": 64,
+    "segmenter": 128,
+    "captioner": 64,
+}
+NEEDS = {"decoder": ("vae",), "unet": ("vae", "clip"), "image_encoder": ("clip",)}
+PRIOR = ("vae", "decoder", "clip", "unet")
+CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
+
+
+def small(model: str, **changes: object) -> pretrain.PretrainConfig:
+    """The shipped configuration of a model, but for three steps on 40 pictures."""
+    few = {"steps": 3, "batch_size": 4, "warmup": 1, "checkpoint_seconds": 0.0, **changes}
+    budget = {k: float(v) if k in ("lr", "weight_decay") else v for k, v in CONFIG[model]["budget"].items()}
+    return pretrain.PretrainConfig(Budget(**{**budget, **few}), images=40, threads=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """40 rendered scenes, in the folder `cache` below."""
+    return corpus.load("pretrain", 40, 0, cache(tmp_path_factory))
+
+
+def cache(tmp_path_factory):
+    return tmp_path_factory.getbasetemp() / "corpus"
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A function that trains a model once, after those that it needs, and gives its folder."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    def train(model):
+        output = folder / model
+        if not output.exists():
+            parts = {part: train(part) for part in NEEDS.get(model, ())}
+            pretrain.run(small(model), model, output, cache(tmp_path_factory), folder / "runs", **parts)
+        return output
+
+    return train
+
+
+def weights(folder):
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def copied(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# --- The loop ---------------------------------------------------------------------------------------------
+
+BUDGET = Budget(
+    steps=12, batch_size=6, lr=0.05, warmup=2, ema=0.9, log_every=5, checkpoint_seconds=0.0, seed=3
+)
+
+
+def regression(folder, stop=None, budget=BUDGET):
+    """Fit a small net with running statistics and its own noise; `stop` is the step that a kill comes in."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+
+    def loss(step, rng):
+        if step == stop:
+            raise KeyboardInterrupt
+        x = torch.from_numpy(rng.normal(size=(budget.batch_size, 4))).float()
+        error = model(x + 0.1 * torch.randn_like(x)) - x.sum(1, keepdim=True)
+        return {"error": error.square().mean(), "bias": error.mean().abs()}
+
+    fit(model, loss, budget, folder)
+    return model
+
+
+def log(folder):
+    """The rows of log.csv but for the time they took."""
+    with (folder / "log.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_training(a, b):
+    assert log(a) == log(b)
+    one, other = checkpoint(a), checkpoint(b)
+    assert equal(one["model"], other["model"])
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(one["ema"]["shadow_params"], other["ema"]["shadow_params"], strict=True)
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, bf16):
+    budget = replace(BUDGET, bf16=bf16)
+    whole = regression(tmp_path / "whole", budget=budget)
+    for stop in (1, 7, 11):
+        with pytest.raises(KeyboardInterrupt):
+            regression(tmp_path / "killed", stop, budget)
+        assert checkpoint(tmp_path / "killed")["step"] == stop
+    resumed = regression(tmp_path / "killed", budget=budget)
+    assert_same_training(tmp_path / "whole", tmp_path / "killed")
+    assert equal(copied(whole), copied(resumed))
+    assert not equal(copied(whole), checkpoint(tmp_path / "whole")["model"])  # what is kept is the average
+
+
+def test_rows_past_the_last_checkpoint_are_written_anew(tmp_path):
+    regression(tmp_path / "whole")
+    killed, kept = tmp_path / "killed", tmp_path / "kept.pt"
+    for stop, copy in ((7, True), (11, False)):
+        with pytest.raises(KeyboardInterrupt):
+            regression(killed, stop)
+        if copy:
+            shutil.copy(killed / "checkpoint.pt", kept)
+    assert [row["step"] for row in log(killed)] == ["5", "10"]
+    shutil.copy(kept, killed / "checkpoint.pt")
+    regression(killed)
+    assert_same_training(tmp_path / "whole", killed)
+
+
+def test_checkpoints_are_no_more_frequent_than_asked(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        regression(tmp_path, 11, replace(BUDGET, checkpoint_seconds=3600.0))
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_every_step_counts_in_the_log(tmp_path):
+    rows = []
+    for every in (5, 1):
+        regression(tmp_path / str(every), budget=replace(BUDGET, log_every=every))
+        rows.append(log(tmp_path / str(every)))
+    assert [row["step"] for row in rows[0]] == ["5", "10", "12"]
+    single = [float(row["error"]) for row in rows[1]]
+    means = [np.mean(single[:5]), np.mean(single[5:10]), np.mean(single[10:])]
+    assert [float(row["error"]) for row in rows[0]] == pytest.approx(means)
+
+
+@pytest.mark.parametrize(
+    ("broken", "what"),
+    [
+        (lambda w: (w * float("nan")).sum(), "loss is nan"),
+        (lambda w: (w * 0).sqrt().sum(), "gradient is nan"),
+    ],
+)
+def test_what_is_not_finite_stops_the_training(tmp_path, broken, what):
+    """And does so before it reaches weights or checkpoint."""
+    model = torch.nn.Linear(2, 2)
+
+    def loss(step, rng):
+        return {"x": broken(model.weight) if step == 2 else model.weight.square().sum()}
+
+    with pytest.raises(FloatingPointError, match=rf"{what} at step 2: lower lr \(0\.05\)"):
+        fit(model, loss, BUDGET, tmp_path)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert checkpoint(tmp_path)["step"] == 2
+
+
+def test_rate_warms_up_and_falls_to_nothing():
+    budget = Budget(steps=400, batch_size=1, lr=0.2, warmup=40)
+    rates = [budget.rate(step) for step in range(400)]
+    assert rates[0] == pytest.approx(0.2 / 40)
+    assert all(b > a for a, b in pairwise(rates[:39]))
+    assert all(b < a for a, b in pairwise(rates[40:]))
+    assert 0.97 * 0.2 < max(rates) <= 0.2
+    assert rates[200] == pytest.approx(0.1)
+    assert 0 < rates[-1] < 1e-4 * 0.2
+    assert Budget(steps=10, batch_size=1, lr=0.2, warmup=0).rate(0) == 0.2
+
+
+# --- The corpus -------------------------------------------------------------------------------------------
+
+
+def test_a_corpus_is_the_same_with_and_without_cache(data, tmp_path, tmp_path_factory, monkeypatch):
+    again = corpus.load("pretrain", 40, 0, tmp_path)
+    monkeypatch.setattr(corpus, "_make", None)  # nothing may be drawn anew
+    cached = corpus.load("pretrain", 40, 0, cache(tmp_path_factory))
+    for other in (again, cached):
+        assert other.sha256 == data.sha256
+        assert other.scenes == data.scenes
+        assert np.array_equal(other.images, data.images)
+        assert np.array_equal(other.masks, data.masks)
+
+
+def test_other_arguments_and_other_code_are_other_corpora(data, tmp_path, monkeypatch):
+    calls = {
+        "first": ("pretrain", 3, 0),
+        "split": ("validation", 3, 0),
+        "count": ("pretrain", 4, 0),
+        "seed": ("pretrain", 3, 1),
+        "pairs": ("pretrain", 3, 0, tmp_path, 1.0),
+        "props": ("pretrain", 3, 0, tmp_path, 0.3, 1.0),
+    }
+
+    def make(split, count, *rest):
+        made.append((split, count, *rest))
+        return data.images[:count], data.masks[:count], list(data.scenes[:count])
+
+    made: list = []
+    monkeypatch.setattr(corpus, "_make", make)
+    for n, call in enumerate(calls.values(), start=1):
+        corpus.load(*(call if len(call) > 3 else (*call, tmp_path)))
+        assert len(made) == n
+    corpus.load("pretrain", 3, 0, tmp_path)
+    assert len(made) == len(calls)
+    monkeypatch.setattr(corpus, "code_hash", lambda module: "another renderer")
+    corpus.load("pretrain", 3, 0, tmp_path)
+    assert len(made) == len(calls) + 1
+    assert len(list(tmp_path.iterdir())) == len(made)  # and no half-written file
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_draw_gives_the_share_of_pairs_that_is_asked_for(data, share):
+    drawn = data.draw(np.random.default_rng(0), 4000, share)
+    pairs = np.mean([len(data.scenes[i].identities) == 2 for i in drawn])
+    assert abs(pairs - share) < 0.03
+    assert set(drawn) <= set(range(40))
+    possible = {i for i, s in enumerate(data.scenes) if share not in (2 - len(s.identities),)}
+    assert set(drawn) == possible
+
+
+# --- Heads and crops --------------------------------------------------------------------------------------
+
+
+def test_a_head_without_targets_counts_nothing():
+    torch.manual_seed(0)
+    heads = vision.Heads(4, {"a": 3, "b": 5})
+    x, named = torch.randn(6, 4), torch.tensor([0, 4, -1, 2, -1, 1])
+    nothing = torch.full((6,), -1)
+    assert heads.loss(x, {"a": nothing, "b": nothing}).item() == 0
+    loss = heads.loss(x, {"a": nothing, "b": named})
+    rows = named >= 0
+    expected = torch.nn.functional.cross_entropy(heads.heads["b"](x[rows]), named[rows]) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    gradients = heads.heads["a"].weight.grad
+    assert gradients is not None and not gradients.any()
+
+
+def test_scene_labels_are_what_the_scenes_show(data):
+    labels = vision.scene_labels(data)
+    assert set(labels) == set(vision.scene_heads(8).heads)
+
+    def shown(name, row):
+        index = int(labels[name][row])
+        return None if index < 0 else ATTRIBUTES[name.removesuffix("_0").removesuffix("_1")][index]
+
+    for row, scene in enumerate(data.scenes):
+        assert int(labels["second"][row]) == len(scene.identities) - 1
+        for name in BACKGROUND_ATTRIBUTES:
+            assert shown(name, row) == getattr(scene.context, name)
+        for i in range(2):
+            there = i < len(scene.identities)
+            assert shown(f"class_{i}", row) == (scene.identities[i].class_word if there else None)
+            held = scene.prop.kind if scene.prop and scene.prop.figure == i else "none"
+            assert shown(f"prop_{i}", row) == (held if there else None)
+            for name in APPEARANCE_ATTRIBUTES:
+                value = getattr(scene.context.appearances[i], name) if there else None
+                assert shown(f"{name}_{i}", row) == value
+
+
+def test_figure_crops_contain_their_figure(data):
+    """All of it, but for the part of a tight crop that the shift cuts off."""
+    sizes = []
+    for row, scene in enumerate(data.scenes):
+        for figure in range(len(scene.identities)):
+            mask = data.masks[row] == figure + 1
+            bounds = box(data.masks[row], figure)
+            assert bounds is not None
+            picture = np.repeat(255 * mask[..., None].astype(np.uint8), 3, axis=2)
+            square = vision.square(picture, bounds, np.random.default_rng([row, figure]))
+            margin = np.random.default_rng([row, figure]).uniform(*vision.MARGIN)
+            side = margin * max(bounds[2] - bounds[0], bounds[3] - bounds[1])
+            seen = (square[..., 0] > 127).sum() * (side / 64) ** 2 / mask.sum()
+            assert (0.96 if (margin - 1) / 2 > vision.SHIFT * margin else 0.8) < seen < 1.04
+            assert square.shape == (64, 64, 3)
+            sizes.append(margin)
+    assert min(sizes) < 1.1 and max(sizes) > 1.3
+
+
+def test_heads_weigh_more_than_what_is_around_them(data):
+    weights = vae_recipe.head_weights(data.masks)[:, 0].numpy()
+    assert weights.shape == data.masks.shape
+    assert set(np.unique(weights)) == {1.0, 1 + vae_recipe.HEAD_WEIGHT}
+    assert (weights[data.masks == 0] == 1).all()
+    for mask, weight, scene in zip(data.masks, weights, data.scenes, strict=True):
+        for figure in range(1, 1 + len(scene.identities)):
+            rows = np.nonzero((mask == figure).any(axis=1))[0]
+            high = [(weight[y][mask[y] == figure] > 1).mean() for y in rows]
+            assert set(high) == {0.0, 1.0}
+            assert high == sorted(high, reverse=True)
+            assert 0.6 < np.mean(high) < 0.8
+
+
+@pytest.mark.parametrize("web", [False, True])
+def test_a_contrasting_caption_has_one_thing_wrong(data, web):
+    rng, kinds = np.random.default_rng(0), set()
+    for scene in data.scenes * 5:
+        other = clip_recipe.with_error(scene, data, rng, web)
+        assert (other.prop, other.seed) == (scene.prop, scene.seed)
+        people = [(a, b) for a, b in zip(scene.identities, other.identities, strict=True) if a != b]
+        context = context_facts(scene).items() - context_facts(other).items()
+        assert len(people) + len(context) == 1
+        for a, b in people:
+            apart = sum(b.attributes[name] != value for name, value in a.attributes.items())
+            assert a.class_word != b.class_word or (web and apart == 1)
+            kinds.add("class" if a.class_word != b.class_word else "looks")
+        kinds |= {name for (name, *_), _ in context}
+    expected = {"class", *APPEARANCE_ATTRIBUTES, *BACKGROUND_ATTRIBUTES}
+    assert kinds == (expected | {"looks"} if web else expected)
+
+
+def context_facts(scene):
+    """Every value that a task caption can name, but for class and prop."""
+    facts = {(name,): getattr(scene.context, name) for name in BACKGROUND_ATTRIBUTES}
+    for i, appearance in enumerate(scene.context.appearances):
+        facts |= {(name, i): getattr(appearance, name) for name in APPEARANCE_ATTRIBUTES}
+    return facts
+
+
+# --- One model after another ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", get_args(pretrain.Model))
+def test_a_model_is_saved_so_that_it_loads(trained, data, model):
+    folder = trained(model)
+    saved = weights(folder)
+    assert {v.dtype for v in saved.values() if v.is_floating_point()} == {torch.float16}
+    assert all(v.isfinite().all() for v in saved.values())
+
+    loaded, info = LOADERS[model].from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    recipe = json.loads((folder / "recipe.json").read_text())
+    assert recipe["model"] == model
+    assert recipe["parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert recipe["settings"]["budget"]["steps"] == 3
+    assert recipe["settings"]["budget"]["seed"] == CONFIG[model]["budget"].get("seed", 0)
+    assert recipe["data_sha256"] == data.sha256
+
+    rows = log(folder)
+    assert [row["step"] for row in rows] == ["3"]
+    assert all(np.isfinite(float(v)) for v in rows[0].values())
+
+    if model in PIXELS:
+        pictures = [Image.fromarray(data.images[0])]
+        pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
+        assert pixels["pixel_values"].shape == (1, 3, PIXELS[model], PIXELS[model])
+    if model in ("clip", "clip_judge", "captioner"):
+        assert len(AutoTokenizer.from_pretrained(folder)("a man in a blue hoodie")["input_ids"]) > 4
+    assert not list((folder.parent / "runs").glob(f"{model}-*"))
+    assert not list(folder.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize("model", ["vae", "clip_judge"])
+def test_a_killed_recipe_goes_on(trained, tmp_path, tmp_path_factory, monkeypatch, model):
+    expected, update = weights(trained(model)), fit_module.Run.update
+
+    def kill(run, losses):
+        if run.step == 2:
+            raise KeyboardInterrupt
+        return update(run, losses)
+
+    arguments = (small(model), model, tmp_path / "out", cache(tmp_path_factory), tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module.Run, "update", kill)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(*arguments)
+    assert not (tmp_path / "out").exists()
+    assert len(list((tmp_path / "runs").glob(f"{model}-*/checkpoint.pt"))) == 1
+    steps = []
+    monkeypatch.setattr(
+        fit_module.Run, "update", lambda run, losses: steps.append(run.step) or update(run, losses)
+    )
+    pretrain.run(*arguments)
+    assert steps == [2]
+    assert equal(weights(tmp_path / "out"), expected)
+
+
+def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def recipe(budget, data, folder, parts):
+        folders.append(folder)
+        raise Stop
+
+    def call(settings=None, model="vae", sha="a", code="b", **parts):
+        monkeypatch.setitem(pretrain.RECIPES, model, recipe)
+        monkeypatch.setattr(pretrain.corpus, "load", lambda *_: SimpleNamespace(sha256=sha))
+        monkeypatch.setattr(pretrain, "code_hash", lambda module: code)
+        with pytest.raises(Stop):
+            pretrain.run(settings or small("vae"), model, tmp_path / "out", tmp_path, runs, **parts)
+        return folders[-1]
+
+    folders: list[Path] = []
+    runs = tmp_path / "runs"
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    first = call()
+    assert call() == first
+    others = [
+        call(small("vae", steps=4)),
+        call(small("vae", lr=1.0)),
+        call(small("vae", seed=9)),
+        call(replace(small("vae"), images=41)),
+        call(replace(small("vae"), corpus_seed=1)),
+        call(sha="another renderer"),
+        call(code="another recipe"),
+        call(model="clip"),
+        call(vae=tmp_path / "one"),
+        call(vae=tmp_path / "other"),
+    ]
+    assert len({first, *others}) == 1 + len(others)
+    assert {f.parent for f in folders} == {runs}
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "option"),
+    [
+        ("unet", {"clip": Path("x")}, "--vae"),
+        ("unet", {"vae": Path("x")}, "--clip"),
+        ("decoder", {"clip": Path("x")}, "--vae"),
+        ("image_encoder", {"vae": Path("x")}, "--clip"),
+    ],
+)
+def test_missing_parts_are_named(data, tmp_path, tmp_path_factory, model, parts, option):
+    arguments = (small(model), model, tmp_path / "out", cache(tmp_path_factory), tmp_path / "runs")
+    with pytest.raises(ValueError, match=option):
+        pretrain.run(*arguments, **parts)
+    assert not (tmp_path / "out").exists()
+
+
+# --- What models share, and what they do not --------------------------------------------------------------
+
+
+def test_the_subject_encoder_starts_from_clip_and_leaves_it_alone(trained, data, tmp_path, monkeypatch):
+    clip = CLIPModel.from_pretrained(trained("clip"), dtype=torch.float32)
+    before, start = copied(clip), {}
+
+    def spy(model, *rest):
+        start.update(copied(model.tower))
+        return fit(model, *rest)
+
+    monkeypatch.setattr(clip_recipe, "fit", spy)
+    tower, _ = clip_recipe.train_vision(small("image_encoder").budget, data, tmp_path, clip)
+    assert equal(copied(clip), before)
+    assert equal(start, {k: before[k] for k in start})
+    assert any(k.startswith("visual_projection") for k in start)
+    after = copied(tower)
+    assert not any(torch.equal(v, start[k]) for k, v in after.items() if v.ndim > 1 and v.is_floating_point())
+
+
+def test_the_decoder_learns_and_latents_stay_as_they_are(trained):
+    before, after = weights(trained("vae")), weights(trained("decoder"))
+    assert before.keys() == after.keys()
+    learns = {name for name in before if name.startswith(("decoder.", "post_quant_conv."))}
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed <= learns
+    assert len(changed) > 0.9 * len(learns)
+
+
+def test_the_judge_of_prompts_shares_nothing_with_the_prior(trained):
+    """Not even its first random numbers: matrices of the same shape are unlike one another."""
+    ours, judges = ({k: v.float() for k, v in weights(trained(m)).items()} for m in ("clip", "clip_judge"))
+    compared = 0
+    for name, a in ours.items():
+        for b in judges.values():
+            if a.ndim > 1 and a.shape == b.shape:
+                assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) < 0.3, name
+                compared += 1
+    assert compared > 50
+
+
+# --- The prior in one piece, and its card -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped(trained, tmp_path_factory):
+    """A folder as it is shipped, with gates of made-up values."""
+    folder = tmp_path_factory.mktemp("weights")
+    pretrain.assemble(**{part: trained(part) for part in PRIOR}, prior=folder / "prior")
+    for name in cards.ABOUT:
+        if name != "prior":
+            shutil.copytree(trained(name), folder / name)
+    rows = [(gate, "goodness", 0.5 + n / 100, 0.9, 40 + n) for n, gate in enumerate(GATES)]
+    gates.write(rows, folder / "gates.csv")
+    return folder
+
+
+GATES = (
+    "identity",
+    "mean colours",
+    "segmenter",
+    "captioner",
+    "clip_judge",
+    "attributes",
+    "autoencoder",
+    "prior",
+)
+
+
+def test_the_prior_is_made_of_its_parts(trained, shipped):
+    prior = StableDiffusionPipeline.from_pretrained(shipped / "prior", dtype=torch.float32)
+    assert equal(weights(shipped / "prior/vae"), weights(trained("decoder")))
+    assert equal(weights(shipped / "prior/unet"), weights(trained("unet")))
+    factors = {AutoencoderKL.load_config(trained(part))["scaling_factor"] for part in ("vae", "decoder")}
+    assert factors == {prior.vae.config.scaling_factor} != {models.vae().config.scaling_factor}
+    clip, text = weights(trained("clip")), weights(shipped / "prior/text_encoder")
+    assert len(text) > 30
+    assert all(torch.equal(v, clip["text_model." + k.removeprefix("text_model.")]) for k, v in text.items())
+    for part in PRIOR:
+        for file in ("recipe.json", "log.csv"):
+            assert (shipped / "prior" / f"{part}-{file}").read_text() == (trained(part) / file).read_text()
+
+
+def test_cards_tell_recipe_and_gates(shipped, data):
+    cards.run(shipped, shipped / "gates.csv")
+    texts = {name: (shipped / name / "README.md").read_text() for name in cards.ABOUT}
+    for name, text in texts.items():
+        assert f"# Miniature: {name}\n" in text
+        parts = PRIOR if name == "prior" else (name,)
+        for part in parts:
+            budget = small(part).budget
+            assert re.search(rf"\*\*{part}\*\*: [\d,]+ parameters; 3 steps of 4 pictures", text)
+            assert f"AdamW at {budget.lr:g} (cosine), weight decay {budget.weight_decay:g}" in text
+            assert f"EMA {budget.ema:g}, seed {budget.seed}" in text
+            log = f"{part}-log.csv" if name == "prior" else "log.csv"
+            assert f"`{log}`" in text and (shipped / name / log).exists()
+        assert text.count(data.sha256[:16]) == len(parts)
+    for n, gate in enumerate(GATES):
+        row = f"| {gate} | goodness | {0.5 + n / 100:.4f} | 0.9 | no | {40 + n} |"
+        owners = [name for name, text in texts.items() if row in text]
+        assert len(owners) == 1, gate
+    assert "|" not in texts["image_encoder"]
+
+
+def test_a_missing_model_is_named(shipped, tmp_path):
+    for name in ("prior", "image_encoder", "captioner"):
+        shutil.copytree(shipped / name, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"segmenter is missing: .*snakemake pretrain"):
+        cards.run(tmp_path, shipped / "gates.csv")
+
+
+# --- The workflow's target --------------------------------------------------------------------------------
+
+
+def test_the_target_trains_every_model_before_what_needs_it(tmp_path):
+    """Also where no model is shipped yet."""
+    for name in ("Snakefile", "workflow", "config", "envs", "profiles", "moa", "notebooks", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "changes.yaml").write_text(yaml.safe_dump({"weights": "nowhere"}))
+    command = [sys.executable, "-m", "snakemake", "-n", "-p", "pretrain", "--configfile", "changes.yaml"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    plan = done.stdout + done.stderr
+    assert done.returncode == 0, plan
+
+    commands = re.findall(r"Shell command: (.+)", plan)
+
+    def place(start):
+        found = [i for i, command in enumerate(commands) if re.match(start, command)]
+        assert len(found) == 1, f"{start}: {found}"
+        return found[0]
+
+    train = {m: place(rf"python -m moa pretrain .*--model {m} ") for m in get_args(pretrain.Model)}
+    publish = {m: place(rf"cp -r \S*/parts/{m} \S*/weights/{m} ") for m in train if m not in PRIOR}
+    assemble, measured, cards_ = (place(rf"python -m moa {s} ") for s in ("assemble", "gates", "cards"))
+    for model, needed in NEEDS.items():
+        assert all(train[part] < train[model] for part in needed)
+    for model in train:
+        options = dict(re.findall(r"--(vae|clip) (\S+)", commands[train[model]]))
+        assert options == {p: f"results/pretrain/parts/{p}" for p in NEEDS.get(model, ())}
+    assert all(train[model] < publish[model] < measured for model in publish)
+    assert max(train[part] for part in PRIOR) < assemble < measured < cards_
+    assert set(publish) | {"prior"} == set(cards.ABOUT)
