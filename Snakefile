@@ -6,17 +6,13 @@ The paper preset: `snakemake --cores all --configfile config/paper.yaml`.
 from snakemake.utils import min_version
 
 from moa import runlock
-from moa.config import check
+from moa.config import check, complete
 
 min_version("9.27")
 
 
-# A configuration file with the key `preset` stands alone; one without it changes the miniature's.
-if "preset" not in config:
-
-    configfile: "config/miniature.yaml"
-
-
+# A configuration with the key `preset` stands alone; one without it changes the miniature's.
+config.update(complete(config))
 check(config, workflow.source_path("workflow/schemas/config.schema.json"))
 
 if workflow.is_main_process:
@@ -43,7 +39,7 @@ rule all:
         f"{OUT}/samples.parquet",
         TABLES,
         FIGURES,
-        f"{OUT}/notebooks/router_maps.ipynb",
+        NOTEBOOKS,
         f"{OUT}/data/card.md",
 
 

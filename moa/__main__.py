@@ -13,9 +13,8 @@ from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa import runlock
+from moa.config import DEFAULT, load, read
 from moa.stages import STAGES, settings
-
-CONFIG = "config/miniature.yaml"
 
 
 def _simple(kind: Any) -> Any:
@@ -54,7 +53,7 @@ def _function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
 
 def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
     """Settings of a stage, from its section as JSON or from a whole configuration file."""
-    from moa.config import check_device, load, read
+    from moa.machine import check_device
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
     mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
@@ -78,8 +77,8 @@ def run(arguments: Sequence[str]) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     configured = [key for key, kind in kinds.items() if is_dataclass(kind)]
     if configured:
-        help = f"a configuration file (default: {CONFIG}), or the stage's settings as JSON"
-        parser.add_argument("--config", default=CONFIG, help=help)
+        help = f"a configuration file, whole or with changes to {DEFAULT}, or the stage's settings as JSON"
+        parser.add_argument("--config", default=str(DEFAULT), help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
             _add_option(parser, parameter, kinds[parameter.name])

@@ -11,17 +11,49 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 T = TypeVar("T")
+DEFAULT = Path("config/miniature.yaml")
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A configuration file with `{weights}` put in. Raises ValueError naming the file if it is no mapping."""
+    """A configuration file, completed, with `{weights}` put in. Raises as `complete`."""
+    return resolve(complete(_mapping(path)))
+
+
+def _mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file as it is. Raises ValueError naming the file if it is no mapping."""
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
-    return resolve(config)
+    return config
+
+
+def complete(config: Mapping[str, Any], default: Path = DEFAULT) -> dict[str, Any]:
+    """A configuration with the key `preset` as it is; one without it as changes to the default.
+
+    Raises:
+        FileNotFoundError, ValueError: the default is needed and is not there, or is no mapping.
+    """
+    if "preset" in config:
+        return dict(config)
+    if not default.is_file():
+        raise FileNotFoundError(
+            f"{default} is missing, which a configuration without the key `preset` changes: "
+            "run from the project's folder, or write out a whole configuration"
+        )
+    return merge(_mapping(default), config)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`: mappings are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,18 +146,6 @@ def _check(fits: bool, value: Any, key: str, wanted: str) -> Any:
     if not fits:
         raise ValueError(f"{key} must be {wanted}, not {value!r}")
     return value
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError naming the key if this machine has no such device."""
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: cuda, but PyTorch finds no GPU here: set `device: cpu`, or install a driver and a "
-                "PyTorch built for it"
-            )
 
 
 def _join(key: str, name: object) -> str:

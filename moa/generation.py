@@ -11,7 +11,6 @@ key is right; so neither a half-written file nor one of another adapter is ever 
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import time
@@ -27,17 +26,21 @@ from moa.conditioner import find_words
 from moa.data.errors import BrokenImage
 from moa.data.records import decode_image, sha256
 from moa.evaluation import samples
-from moa.hashing import code_hash
+from moa.files import write_atomically
+from moa.hashing import code_hash, file_hash, model_hash
+from moa.machine import libraries, peak_memory
 from moa.methods import MethodConfig, ModelSource, Request, Sampling, Subject, build
-from moa.training.checkpoint import file_hash, folder_hash, key, write_atomically
+from moa.trained import trained_folder
+from moa.training.checkpoint import key
 
 KEY = "moa-key"  # PNG text chunk: what the image depends on
 SECONDS = "moa-seconds"  # PNG text chunk: wall time of its batch, divided by the batch's size
+PEAK = "moa-peak-bytes"  # PNG text chunk: the most resident memory of its process until then
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of the stage `generate`."""
+    """Settings of the stage `generate-shard`."""
 
     prior: ModelSource  # a StableDiffusionPipeline
     image_encoder: ModelSource  # a CLIPVisionModelWithProjection with its CLIPImageProcessor
@@ -56,6 +59,13 @@ class GenerateConfig:
         )
 
 
+@dataclass(frozen=True)
+class TryConfig(GenerateConfig):
+    """Settings of the stage `generate`, which also looks for trained weights where a run leaves them."""
+
+    output: Path = Path("results/miniature")  # results folder of the run
+
+
 def run(
     config: GenerateConfig,
     method: str,
@@ -64,6 +74,7 @@ def run(
     output: Path,
     root: Path,
     trained: Path | None = None,
+    memory: Path | None = None,
 ) -> None:
     """Carry out shards of requests with one method.
 
@@ -75,6 +86,7 @@ def run(
         output: parquet of the `MADE` schema to write, at the end.
         root: results folder; images go to `root`/images/<method>/…, where `path` of a row points.
         trained: folder of trained weights, for methods that have any.
+        memory: JSON file to write: the most memory that a process making these images has had.
 
     Raises:
         ValueError, FileNotFoundError: broken inputs or missing weights; the message says what to do.
@@ -86,19 +98,23 @@ def run(
     jobs = [
         Job(samples.to_request(row, people), root / one["path"]) for row, one in zip(rows, made, strict=True)
     ]
-    seconds = make_images(method, settings, jobs)
-    samples.write(output, [row | {"seconds": s} for row, s in zip(made, seconds, strict=True)], samples.MADE)
+    spent = make_images(method, settings, jobs)
+    if memory is not None:
+        peak = {"peak_memory_bytes": max((one.peak for one in spent), default=0)}
+        write_atomically(memory, lambda part: part.write_text(json.dumps(peak) + "\n"))
+    rows = [row | {"seconds": one.seconds} for row, one in zip(made, spent, strict=True)]
+    samples.write(output, rows, samples.MADE)
 
 
 def generate_one(
-    config: GenerateConfig,
+    config: TryConfig,
     subject: Sequence[Path],
     prompt: str,
     out: Path,
     word: Sequence[str] = (),
     seed: int = 0,
     method: str = "moa",
-    trained: Path = Path("results/miniature/train/moa"),
+    trained: Path | None = None,
 ) -> None:
     """Make one image of one or more subjects, bound to words of the prompt.
 
@@ -110,7 +126,7 @@ def generate_one(
         word: what the prompt calls each subject; by default its first words among man, woman, person, ...
         seed: of the starting noise.
         method: a name in `moa.methods.METHODS`.
-        trained: folder of trained weights.
+        trained: folder of trained weights; by default the one below the configuration's `output`.
 
     Raises:
         ValueError, FileNotFoundError: a broken photo, a word that is not in the prompt, missing weights.
@@ -124,10 +140,9 @@ def generate_one(
         Subject(path.stem, prompt[start:end], read_photo(path))
         for path, (start, end) in zip(subject, spans, strict=True)
     ]
-    needs = method not in ("prior", "ceiling")
-    maker = build(method, config.method(trained if needs else None, people))
+    maker = build(method, config.method(trained or trained_folder(config.output, method), people))
     image = maker.generate([Request(prompt, tuple(spans), tuple(people), seed)])[0]
-    write_atomically(out, encode(image, {}))
+    save(image, out, {})
 
 
 # --- Words and photos -------------------------------------------------------------------------------------
@@ -165,41 +180,52 @@ class Job:
     path: Path
 
 
-def make_images(name: str, config: MethodConfig, jobs: Sequence[Job]) -> list[float]:
-    """Make the images that are not there yet; returns the seconds that each took, now or when it was made.
+@dataclass(frozen=True)
+class Spent:
+    """What an image cost when it was made, be it by a process that was killed since."""
+
+    seconds: float  # wall time of its batch, divided by the batch's size
+    peak: int  # bytes, the most resident memory that its process had had
+
+
+def make_images(name: str, config: MethodConfig, jobs: Sequence[Job]) -> list[Spent]:
+    """Make the images that are not there yet; returns what each cost, now or when it was made.
 
     Images are made in batches that follow from `jobs` alone, so that one made after a kill equals, to the
     last bit, one made without: rounding follows the size of a batch.
     """
     base = base_key(name, config)
     keys = [key(base=base, **describe(job.request)) for job in jobs]
-    seconds = {i: s for i, job in enumerate(jobs) if (s := finished(job.path, keys[i])) is not None}
+    spent = {i: s for i, job in enumerate(jobs) if (s := finished(job.path, keys[i])) is not None}
     size = config.sampling.batch_size
     batches = [range(i, min(i + size, len(jobs))) for i in range(0, len(jobs), size)]
-    missing = [batch for batch in batches if any(i not in seconds for i in batch)]
+    missing = [batch for batch in batches if any(i not in spent for i in batch)]
     method = build(name, config) if missing else None
     for batch in tqdm(missing, desc=f"generate {name}", unit="batch", mininterval=5):
         assert method is not None
         started = time.monotonic()
         images = method.generate([jobs[i].request for i in batch])
-        each = (time.monotonic() - started) / len(batch)
+        each = Spent(round((time.monotonic() - started) / len(batch), 6), peak_memory())
         for i, image in zip(batch, images, strict=True):
-            write_atomically(jobs[i].path, encode(image, {KEY: keys[i], SECONDS: f"{each:.6f}"}))
-            seconds[i] = round(each, 6)
-    return [seconds[i] for i in range(len(jobs))]
+            texts = {KEY: keys[i], SECONDS: f"{each.seconds:.6f}", PEAK: str(each.peak)}
+            save(image, jobs[i].path, texts)
+            spent[i] = each
+    return [spent[i] for i in range(len(jobs))]
 
 
 def base_key(name: str, config: MethodConfig) -> str:
-    """Hash of what all images of a method depend on: settings, weights, the pool of subjects, code."""
+    """Hash of what all images of a method depend on: settings, weights, pool, code, libraries, device."""
     folders = [Path(source.id) for source in (config.prior, config.image_encoder)]
     return key(
         method=name,
         sampling=asdict(config.sampling),
-        models=[folder_hash(f) if f.exists() else str(f) for f in folders],
+        models=[model_hash(f) if f.exists() else str(f) for f in folders],
         revisions=[config.prior.revision, config.image_encoder.revision],
         trained=trained_hash(config.trained),
         pool=[[s.id, s.word] for s in config.pool],
         code=code_hash("moa.generation", "moa.baselines.*", "moa.miniature.ceiling"),
+        libraries=libraries(),
+        device=config.device,
     )
 
 
@@ -221,24 +247,23 @@ def describe(request: Request) -> dict[str, Any]:
     }
 
 
-def encode(image: Image.Image, texts: Mapping[str, str]) -> bytes:
-    """PNG bytes of an image with text chunks."""
-    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+    """Write an image as PNG with text chunks, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
     for name, text in texts.items():
         info.add_text(name, text)
-    image.convert("RGB").save(buffer, format="PNG", pnginfo=info)
-    return buffer.getvalue()
+    write_atomically(path, lambda part: image.convert("RGB").save(part, format="PNG", pnginfo=info))
 
 
-def finished(path: Path, wanted: str) -> float | None:
-    """Seconds that the image at `path` took, or None if it is missing, broken or of another key."""
+def finished(path: Path, wanted: str) -> Spent | None:
+    """What the image at `path` cost, or None if it is missing, broken or of another key."""
     try:
         with Image.open(path) as image:
             image.load()
             texts = image.info
     except (OSError, SyntaxError, ValueError):
         return None
-    return float(texts[SECONDS]) if texts.get(KEY) == wanted else None
+    return Spent(float(texts[SECONDS]), int(texts[PEAK])) if texts.get(KEY) == wanted else None
 
 
 def seed_of(trained: Path | None) -> int | None:

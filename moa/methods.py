@@ -116,12 +116,14 @@ class MethodConfig:
         """The folder of trained weights; raises ValueError or FileNotFoundError that says what to do."""
         if self.trained is None:
             raise ValueError(
-                f"{method} needs trained weights: pass the folder that `python -m moa train` wrote"
+                f"{method} needs trained weights: give the folder that `python -m moa train-{method}` wrote"
+                " with --trained"
             )
         if not (self.trained / "config.json").is_file():
             raise FileNotFoundError(
-                f"{self.trained / 'config.json'} is missing: train first (`python -m moa train-{method}`), "
-                "or point to the folder that holds it"
+                f"{self.trained / 'config.json'} is missing: train first (`python -m moa train-{method}`; "
+                f"`snakemake --cores all {self.trained}` does it with all that it needs), or give the folder "
+                "that holds it with --trained"
             )
         return self.trained
 

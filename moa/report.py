@@ -22,7 +22,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from moa.data.records import write_atomically
+from moa.files import write_atomically
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "snakemake", "numpy", "pandas", "pyarrow")
 
@@ -133,10 +133,15 @@ def file_html(path: Path) -> str:
     return f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>"
 
 
+def _is_shown(path: Path, shown: Sequence[Path]) -> bool:
+    """Whether a file, or a folder that it is in, is among those to be shown; without any, all are."""
+    return not shown or not {path, *path.parents}.isdisjoint(shown)
+
+
 def section(results: Path, part: Section, shown: Sequence[Path]) -> dict[str, Any] | None:
     """What the page's template shows of a section; None if none of its files is there and to be shown."""
     there = [path for pattern in part.files for path in sorted(results.glob(pattern))]
-    files = [path for path in there if not shown or {path, *path.parents} & set(shown)]
+    files = [path for path in there if _is_shown(path, shown)]
     if not files:
         return None
     parts = [(path.relative_to(results).as_posix(), file_html(path)) for path in files]
@@ -168,7 +173,7 @@ def run(results: Path, config: str, output: Path, shown: Sequence[Path] = ()) ->
     ]
     versions += [(name, found) for name in PACKAGES if (found := installed(name))]
     notebooks = sorted((results / "notebooks").glob("*.ipynb"))
-    notebooks = [path for path in notebooks if not shown or path in shown]
+    notebooks = [path for path in notebooks if _is_shown(path, shown)]
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )

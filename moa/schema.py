@@ -15,6 +15,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from moa.methods import method_names
 from moa.stages import OPTIONAL, STAGES, TOP_LEVEL, Stage
 
 Schema = dict[str, Any]
@@ -98,6 +99,8 @@ def configuration() -> Schema:
         for setting, key in stage.shared.items():
             if key.startswith("models."):
                 _place(schema, key, of_dataclass(_dataclass(get_type_hints(kind)[setting])))
+    for name in sorted(method_names()):
+        _place(schema, f"methods.{name}", of_type(list[str]))
     schema["properties"]["models"]["required"] = list(schema["properties"]["models"]["properties"])
     return schema
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moa.hashing import code_hash
+import yaml
+
+from moa import hashing
 
 Config = Mapping[str, Any]
 
@@ -23,7 +25,7 @@ TOP_LEVEL: dict[str, Any] = {
     "weights": {"type": "string"},
     "source": {"enum": ["miniature", "shards"]},
     "protocol": {"type": "string"},
-    "methods": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}},
+    "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
     # method: trial: what it changes of train.<method> and of generate.sampling, which check the keys
@@ -93,7 +95,7 @@ STAGES: dict[str, Stage] = {
         "moa.generation:generate_one",
         "make one image of your own subjects",
         "generate",
-        PRIOR | DEVICE,
+        PRIOR | DEVICE | {"output": "output"},
         REGISTERED,
     ),
     "generate-shard": Stage(
@@ -149,7 +151,7 @@ def settings(name: str, config: Config, **options: str) -> dict[str, Any]:
 def code(name: str) -> str:
     """Hash of the modules that stage `name` uses."""
     stage = STAGES[name]
-    return code_hash(stage.module, *stage.registers)
+    return hashing.code_hash(stage.module, *stage.registers)
 
 
 def shards(config: Config, split: str) -> int:
@@ -159,9 +161,35 @@ def shards(config: Config, split: str) -> int:
     return -(-get(config, f"render.{split}") // get(config, "render.shard_size"))
 
 
-def _counts(file: Path) -> bool:
-    """Whether a file of a model's folder can change what the model does; cards, recipes and logs cannot."""
-    return file.is_file() and file.suffix not in (".md", ".csv") and not file.name.endswith("recipe.json")
+def kinds(config: Config, split: str) -> list[str]:
+    """Kinds of images that the protocol knows for a split. Raises ValueError naming the file."""
+    path = config["protocol"]
+    try:
+        return list(yaml.safe_load(Path(path).read_text(encoding="utf-8"))[split]["kinds"])
+    except FileNotFoundError:
+        raise ValueError(f"protocol {path} does not exist; check the config's key `protocol`") from None
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"protocol {path} has no kinds of images at {split}.kinds ({error})") from error
+
+
+def methods(config: Config) -> dict[str, list[str]]:
+    """Kinds of images that each method makes; methods without any are left out.
+
+    Raises ValueError naming the key of an unknown kind, or if nothing at all is to be made.
+    """
+    known = kinds(config, "test")
+    for method, wanted in config["methods"].items():
+        for kind in wanted:
+            if kind not in known:
+                raise ValueError(
+                    f"methods.{method}: unknown kind {kind!r}; {config['protocol']} has {', '.join(known)}"
+                )
+            if kind not in config["shards"]:
+                raise ValueError(f"shards.{kind} is missing: into how many jobs to split these images")
+    made = {method: list(wanted) for method, wanted in config["methods"].items() if wanted}
+    if not made:
+        raise ValueError(f"methods: no method makes any images; give one a kind of {', '.join(known)}")
+    return made
 
 
 def model_files(config: Config, role: str) -> list[str]:
@@ -172,8 +200,7 @@ def model_files(config: Config, role: str) -> list[str]:
     source = config["models"][role].get("id")
     if source is None:
         return []
-    path = Path(source)
-    files = [source] if path.is_file() else sorted(map(str, filter(_counts, path.rglob("[!.]*"))))
+    files = [str(file) for file in hashing.model_files(Path(source))]
     if not files and "weights" in config and source.startswith(str(config["weights"])):
         raise FileNotFoundError(
             f"models.{role}.id: there is no model in {source}; correct the key `weights`, or train models "

@@ -16,14 +16,14 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from moa.data.errors import DataError
-from moa.data.records import read_rows, write_atomically
+from moa.data.records import read_rows
 from moa.evaluation import samples
 from moa.evaluation.samples import KEPT, Row
 from moa.evaluation.statistics import Interval, difference, interval, ratio
+from moa.files import write_atomically
 
 ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
 MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
@@ -289,7 +289,7 @@ COST = (
 
 
 def cost(rows: Rows, training: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float]) -> Table:
-    """What methods cost on this machine.
+    """What methods cost on this machine; docs/workflow.md says what its columns mean.
 
     Args:
         rows: samples.
@@ -317,15 +317,11 @@ def training_cost(path: str | Path) -> dict[str, Any]:
 
 
 def peak_memory(path: str | Path) -> float:
-    """`max_rss`, MB, of a Snakemake benchmark file; NaN where the job was too short to be measured.
-
-    Raises DataError naming a file without that column.
-    """
-    with open(path, encoding="utf-8", newline="") as file:
-        values = [row["max_rss"] for row in csv.DictReader(file, delimiter="\t") if "max_rss" in row]
-    if not values:
-        raise DataError(f"{path} is no Snakemake benchmark file: it lacks the column max_rss")
-    return max((float(value) for value in values if value not in ("-", "NA", "")), default=math.nan)
+    """Peak resident memory, MB, from what generation wrote. Raises DataError naming a broken file."""
+    try:
+        return float(json.loads(Path(path).read_text(encoding="utf-8"))["peak_memory_bytes"]) / 2**20
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} holds no peak_memory_bytes ({error!r}); generate again") from error
 
 
 def costs(
@@ -340,12 +336,12 @@ def costs(
         sample_files: scored rows.
         output: file to write.
         training: method=path of each train.json.
-        memory: method=path of Snakemake benchmark files of generation; of several, the largest counts.
+        memory: method=path of what `generate-shard --memory` wrote; of several, the largest counts.
     """
     trained = {method: training_cost(path) for method, path in map(_named_path, training)}
     peaks: dict[str, float] = {}
     for method, path in map(_named_path, memory):
-        peaks[method] = float(np.fmax(peaks.get(method, math.nan), peak_memory(path)))
+        peaks[method] = max(peaks.get(method, 0.0), peak_memory(path))
     save(cost(samples.read(sample_files), trained, peaks), output)
 
 
@@ -382,9 +378,10 @@ def tables(
     output: str | Path,
     split: str = "test",
 ) -> None:
-    """Write the quality tables into folder `output`.
+    """Write the quality tables into folder `output`: those of the kinds of images that there are.
 
-    main.{csv,md,tex}, multi.{csv,md,tex}, context.{csv,md,tex}, differences.csv, progress.csv, groups.csv.
+    main.{csv,md,tex} of single subjects, multi.{csv,md,tex} of two, context.{csv,md,tex} of swaps;
+    differences.csv, progress.csv and groups.csv of single subjects and of two.
 
     Args:
         sample_files: scored rows.
@@ -393,20 +390,31 @@ def tables(
         split: which samples to use.
 
     Raises:
-        DataError: no single-subject samples of that split, or a broken file.
+        DataError: no samples of that split, or a broken file.
     """
     rows = [row for row in samples.read(sample_files) if row["split"] == split]
+    if not rows:
+        raise DataError(f"no samples of split {split}: generate and score its images first")
     kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in ("single", "multi")}
-    made = {"main": quality(kinds["single"], read_published(published))}
-    if kinds["multi"]:
-        made["multi"] = quality(kinds["multi"])
-    swaps = [row for row in read_rows(kept, KEPT) if row["split"] == split]
-    made["context"] = kept_context(swaps)
     present = {kind: part for kind, part in kinds.items() if part}
+    made: dict[str, Table] = {}
+    if "single" in present:
+        made["main"] = quality(present["single"], read_published(published))
+    if "multi" in present:
+        made["multi"] = quality(present["multi"])
+    swaps = [row for row in read_rows(kept, KEPT) if row["split"] == split]
+    if swaps or any(row["kind"] == "swap" for row in rows):
+        made["context"] = kept_context(swaps)
     for name, table in made.items():
         for form in FORMS:
             save(table, Path(output) / f"{name}{form}")
-    save(joined(differences(part, kind) for kind, part in present.items()), Path(output) / "differences.csv")
-    save(joined(progress(part, kind) for kind, part in present.items()), Path(output) / "progress.csv")
+    if present:
+        save_details(present, Path(output))
+
+
+def save_details(present: Mapping[str, Rows], output: Path) -> None:
+    """Write the tables that go further than the means, of samples by kind."""
+    save(joined(differences(part, kind) for kind, part in present.items()), output / "differences.csv")
+    save(joined(progress(part, kind) for kind, part in present.items()), output / "progress.csv")
     groups = (details(part, kind, "prompt_group") for kind, part in present.items())
-    save(joined(groups), Path(output) / "groups.csv")
+    save(joined(groups), output / "groups.csv")

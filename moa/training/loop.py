@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa.baselines.prior import Prior
-from moa.config import check_device
 from moa.data import records as tables
-from moa.hashing import code_hash
+from moa.hashing import code_hash, file_hash, model_hash
+from moa.machine import check_device, libraries, peak_memory
 from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
@@ -45,18 +44,21 @@ class Progress:
     """How far a run is; JSON-able, and part of every checkpoint."""
 
     step: int = 0  # optimizer steps done
-    seconds: float = 0.0  # of training, over all its parts
+    seconds: float = 0.0  # of these steps; what a kill took back does not count
+    peak: int = 0  # resident memory, bytes, the most of any process that has trained
     rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
     sums: dict[str, float] = field(default_factory=dict)  # since the last row
     count: int = 0  # steps in `sums`
 
 
 def run_key(config: TrainConfig, kind: str, records: Sequence[Path], code: str) -> str:
-    """Names the checkpoint folder: settings, records, models, code."""
+    """Names the checkpoint folder: settings with the device, records, models, code, libraries."""
     settings = {k: v for k, v in asdict(config).items() if k not in OPERATIONAL}
     models = [_fingerprint(config.prior), _fingerprint(config.image_encoder)]
-    data = [checkpoint.file_hash(Path(path)) for path in records]
-    return checkpoint.key(settings=settings, kind=kind, records=data, models=models, code=code)
+    data = [file_hash(Path(path)) for path in records]
+    return checkpoint.key(
+        settings=settings, kind=kind, records=data, models=models, code=code, libraries=libraries()
+    )
 
 
 def code_of(name: str) -> str:
@@ -66,7 +68,7 @@ def code_of(name: str) -> str:
 
 def _fingerprint(source: ModelSource) -> str:
     folder = Path(source.id)
-    return checkpoint.folder_hash(folder) if folder.exists() else f"{source.id}@{source.revision}"
+    return model_hash(folder) if folder.exists() else f"{source.id}@{source.revision}"
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -124,6 +126,7 @@ class Trainer:
         """Write a checkpoint; on the main process only."""
         if not self.accelerator.is_main_process:
             return
+        self.progress.peak = max(self.progress.peak, peak_memory())
         progress = {k: v for k, v in asdict(self.progress).items() if k != "step"}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         checkpoint.save(
@@ -250,7 +253,7 @@ class Trainer:
             "config": asdict(self.config),
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "seconds": round(self.progress.seconds, 3),
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": max(self.progress.peak, peak_memory()),
             "processes": self.accelerator.num_processes,
         }
         (part / "train.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")

@@ -127,6 +127,26 @@ def test_method_whose_pairs_were_all_left_out_stays_in_the_context_table(files):
     assert last["psnr"] == last["outside_low"] == ""
 
 
+@pytest.mark.parametrize(
+    ("kinds", "names"),
+    [
+        (["multi"], {"multi.csv", "multi.md", "multi.tex", "differences.csv", "progress.csv", "groups.csv"}),
+        (["swap"], {"context.csv", "context.md", "context.tex"}),
+    ],
+)
+def test_kinds_that_were_not_made_have_no_tables(files, kinds, names):
+    samples.write(files / "samples.parquet", [row for kind in kinds for row in make_rows(kind)])
+    write_rows(files / "kept.parquet", [], KEPT)
+    assert set(run(files, files / "tables")) == names
+
+
+def test_methods_that_were_not_made_have_no_rows(files):
+    samples.write(files / "samples.parquet", make_rows("single", ("moa",)))
+    made = run(files, files / "tables")
+    assert [r["method"] for r in read(made["main.csv"]) if r["source"] == "measured"] == ["moa"]
+    assert read(made["differences.csv"]) == read(made["progress.csv"]) == []
+
+
 def test_no_samples_is_said(files):
     samples.write(files / "samples.parquet", [])
     with pytest.raises(DataError, match="generate and score"):
@@ -157,13 +177,13 @@ def test_reading_forms():
 def test_costs(files):
     about = {"trained_parameters": 7, "seconds": 60.5, "peak_memory_bytes": 3 * 2**20}
     (files / "train.json").write_text(json.dumps(about))
-    for name, peak in (("a.tsv", "120.5"), ("b.tsv", "-")):
-        (files / name).write_text(f"s\tmax_rss\n1.0\t{peak}\n")
+    for name, peak in (("a.json", 120.5), ("b.json", 90)):
+        (files / name).write_text(json.dumps({"peak_memory_bytes": peak * 2**20}))
     tables.costs(
         [files / "samples.parquet"],
         files / "cost.csv",
         training=[f"moa={files / 'train.json'}"],
-        memory=[f"moa={files / 'a.tsv'}", f"moa={files / 'b.tsv'}", f"prior={files / 'b.tsv'}"],
+        memory=[f"moa={files / 'a.json'}", f"moa={files / 'b.json'}", f"prior={files / 'b.json'}"],
     )
     rows = {r["method"]: r for r in read((files / "cost.csv").read_bytes())}
     assert list(rows["moa"]) == list(tables.COST)
@@ -171,13 +191,14 @@ def test_costs(files):
         "method": "moa", "images": "24", "seconds_per_image": "0.5000", "peak_mb": "120.5000",
         "trained_parameters": "7", "train_seconds": "60.5000", "train_peak_mb": "3.0000",
     }  # fmt: skip
-    assert rows["prior"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
+    assert rows["prior"]["peak_mb"] == "90.0000"
+    assert rows["ceiling"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
     (files / "train.json").write_text("{}")
     with pytest.raises(DataError, match=r"train\.json.*train again"):
         tables.training_cost(files / "train.json")
-    (files / "a.tsv").write_text("s\n1\n")
-    with pytest.raises(DataError, match="max_rss"):
-        tables.peak_memory(files / "a.tsv")
+    (files / "a.json").write_text("{}")
+    with pytest.raises(DataError, match=r"a\.json holds no peak_memory_bytes.*generate again"):
+        tables.peak_memory(files / "a.json")
 
 
 def test_published_rows_need_their_reference(tmp_path):

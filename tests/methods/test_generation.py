@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from moa import generation
 from moa.conditioner import find_words
 from moa.data.errors import DataError
 from moa.evaluation import samples
-from moa.generation import GenerateConfig, first_words, generate_one, run
+from moa.generation import GenerateConfig, TryConfig, first_words, generate_one, run
 from moa.methods import Sampling
 from moa.training import moa
 from tests.training import tiny
@@ -112,6 +114,34 @@ def test_images_of_other_settings_or_weights_are_not_taken(config, requests, sub
     assert remade(config)
 
 
+def test_images_of_other_libraries_or_another_device_are_not_taken(config, monkeypatch):
+    settings = config.method(None, [])
+    keys = {generation.base_key("prior", settings)}
+    keys.add(generation.base_key("prior", replace(settings, device="cuda")))
+    monkeypatch.setattr(generation, "libraries", lambda: {"torch": "1.0"})
+    keys.add(generation.base_key("prior", settings))
+    assert len(keys) == 3
+
+
+def test_memory_is_that_of_all_attempts(config, requests, subjects, tmp_path, monkeypatch):
+    written, memory = generation.write_atomically, tmp_path / "memory.json"
+
+    def stop(path, data):
+        written(path, data)
+        if len(list(tmp_path.rglob("*.png"))) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(generation, "peak_memory", lambda: 9_000)
+        first.setattr(generation, "write_atomically", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config, "prior", [requests], subjects, tmp_path / "made.parquet", tmp_path, None, memory)
+    assert not memory.exists()
+    monkeypatch.setattr(generation, "peak_memory", lambda: 5_000)
+    run(config, "prior", [requests], subjects, tmp_path / "made.parquet", tmp_path, None, memory)
+    assert json.loads(memory.read_text()) == {"peak_memory_bytes": 9_000}
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -165,7 +195,24 @@ def test_broken_inputs_are_named(config, requests, subjects, tmp_path):
         run(config, "prior", [requests], few, tmp_path / "made.parquet", tmp_path)
 
 
-def test_one_image_for_a_person(config, trained, tmp_path):
+def test_trained_weights_are_looked_for_in_the_results(models, trained, tmp_path):
+    config = TryConfig(*models, Sampling(steps=2, batch_size=2), output=tmp_path / "results")
+    tiny.photo(3).save(tmp_path / "me.png")
+    ask = {"subject": [tmp_path / "me.png"], "prompt": "a man in a red hat"}
+    shutil.copytree(trained, tmp_path / "results/train/moa")
+    generate_one(config, **ask, out=tmp_path / "found.png")
+    generate_one(config, **ask, out=tmp_path / "given.png", trained=trained)
+    assert (tmp_path / "found.png").read_bytes() == (tmp_path / "given.png").read_bytes()
+    missing = (
+        r"results/train/fastcomposer/config\.json is missing: train first .*train-fastcomposer.*--trained"
+    )
+    with pytest.raises(FileNotFoundError, match=missing):
+        generate_one(config, **ask, out=tmp_path / "none.png", method="fastcomposer")
+    generate_one(config, **ask, out=tmp_path / "prior.png", method="prior")
+
+
+def test_one_image_for_a_person(models, trained, tmp_path):
+    config = TryConfig(*models, Sampling(steps=2, batch_size=2))
     tiny.photo(3).save(tmp_path / "me.png")
     out = tmp_path / "new" / "image.png"
     generate_one(config, [tmp_path / "me.png"], "a man in a red hat", out, seed=3, trained=trained)

@@ -68,6 +68,25 @@ def test_interrupted_training_ends_the_same(name, ema, models, shards, subjects,
     assert_same(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
 
+def test_peak_memory_is_that_of_all_attempts(models, shards, subjects, tmp_path, monkeypatch):
+    config = tiny.config(models, checkpoint_every=2)
+    save = Trainer.save
+
+    def stop(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first:
+        first.setattr(loop, "peak_memory", lambda: 9_000)
+        first.setattr(Trainer, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+    monkeypatch.setattr(loop, "peak_memory", lambda: 5_000)
+    moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+    about = json.loads((tmp_path / "train" / "moa" / "train.json").read_text())
+    assert about["peak_memory_bytes"] == 9_000
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_stopped_right_after_a_checkpoint_nothing_is_lost(
     step, models, shards, subjects, tmp_path, monkeypatch
@@ -193,7 +212,7 @@ def test_only_the_adapter_changes(models, shards, subjects, tmp_path):
     assert all(not torch.equal(p, old[n]) for n, p in trainee.trained().items() if "key.bias" not in n)
 
 
-def test_a_changed_setting_starts_anew(models, shards):
+def test_a_changed_setting_starts_anew(models, shards, monkeypatch):
     config = tiny.config(models)
     same = loop.run_key(tiny.config(models, checkpoint_every=7, workers=3), "moa", shards, "code")
     assert loop.run_key(config, "moa", shards, "code") == same
@@ -202,8 +221,11 @@ def test_a_changed_setting_starts_anew(models, shards):
         loop.run_key(config, "fastcomposer", shards, "code"),
         loop.run_key(config, "moa", shards[:1], "code"),
         loop.run_key(config, "moa", shards, "other code"),
+        loop.run_key(tiny.config(models, device="cuda"), "moa", shards, "code"),
     ]
-    assert len({same, *others}) == 5
+    monkeypatch.setattr(loop, "libraries", lambda: {"torch": "1.0"})
+    others.append(loop.run_key(config, "moa", shards, "code"))
+    assert len({same, *others}) == 7
 
 
 def test_training_runs_on_the_device_of_the_config(models, monkeypatch):

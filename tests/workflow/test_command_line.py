@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,18 @@ def test_settings_as_json_and_as_file_are_the_same(tmp_path: Path) -> None:
         shard = ["--split", "train", "--shard", "0", "--raw", str(file), "--truth", f"{file}.truth"]
         command_line.run(["render", "--config", config, *shard])
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_file_with_changes_is_merged_with_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moa.training.config import TrainConfig
+
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "changes.yaml").write_text("train: {moa: {steps: 7}}")
+    loaded = command_line._load(str(tmp_path / "changes.yaml"), "train-moa", TrainConfig, {})
+    whole = command_line._load("config/miniature.yaml", "train-moa", TrainConfig, {})
+    assert loaded == replace(whole, steps=7)
 
 
 def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:

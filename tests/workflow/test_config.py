@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from moa.config import check, load, read
+from moa.config import check, complete, load, read
 from moa.hashing import ROOT
 from moa.schema import configuration, settings_class
-from moa.stages import STAGES, settings
+from moa.stages import STAGES, methods, settings
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"
 PRESETS = ("miniature", "paper")
@@ -71,6 +71,11 @@ def test_every_stage_loads_its_settings(name: str) -> None:
         ("models.prior.id", 3, r"models\.prior\.id"),
         ("pretrain.vae.budget.stepz", 3, r"unknown key pretrain\.vae\.budget\.stepz"),
         ("device", "tpu", "device"),
+        (
+            "methods.photoshop",
+            ["single"],
+            r"unknown key methods\.photoshop; there are ceiling, fastc",
+        ),
     ],
 )
 def test_wrong_keys_are_named(key: str, value: Any, message: str) -> None:
@@ -100,6 +105,47 @@ def test_every_stage_that_runs_a_model_follows_the_device() -> None:
     assert stages >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
     config = changed("device", "cuda")
     assert {settings(name, config)["device"] for name in stages} == {"cuda"}
+
+
+def test_methods_without_images_are_left_out() -> None:
+    assert list(methods(changed("methods.moa", []))) == [
+        "prior",
+        "moa_wrong_subject",
+        "fastcomposer",
+        "ceiling",
+    ]
+    assert methods(changed("methods.moa", ["swap"]))["moa"] == ["swap"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("methods.moa", ["single", "swop"], r"methods\.moa: unknown kind 'swop'; .* has single, multi, swap"),
+        ("methods", {"moa": []}, "methods: no method makes any images"),
+        ("shards", {"single": 1, "multi": 1}, r"shards\.swap is missing"),
+        ("protocol", "no/such.yaml", r"no/such\.yaml does not exist; check .* `protocol`"),
+        ("protocol", "pyproject.toml", r"protocol pyproject\.toml has no kinds of images at test\.kinds"),
+    ],
+)
+def test_kinds_that_cannot_be_made_are_named(key: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        methods(changed(key, value))
+
+
+def test_changes_are_merged_as_snakemake_would() -> None:
+    from snakemake.utils import update_config
+
+    changes = {"output": "x", "train": {"moa": {"steps": 7, "validation_prompts": []}}, "shards": {"odd": 2}}
+    expected = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())
+    update_config(expected, changes)
+    assert complete(changes, ROOT / "config/miniature.yaml") == expected
+    assert expected["train"]["moa"]["lr"] == 1e-3  # not lost with its section
+
+
+def test_whole_configurations_stand_alone(tmp_path: Path) -> None:
+    assert complete({"preset": "own", "output": "x"}, tmp_path / "none") == {"preset": "own", "output": "x"}
+    with pytest.raises(FileNotFoundError, match=r"none is missing.*run from the project's folder"):
+        complete({"output": "x"}, tmp_path / "none")
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_sections_without_files_are_left_out(results: Path) -> None:
     assert "Two subjects" not in (results / "report.html").read_text()
 
 
+def test_what_an_earlier_configuration_left_is_not_shown(results: Path) -> None:
+    shown = [results / "tables/main.csv", results / "notebooks"]
+    report.run(results, json.dumps({"preset": "tiny"}), results / "report.html", shown)
+    page = (results / "report.html").read_text()
+    assert "<td>0.8123</td>" in page
+    assert "five" in page
+    assert page.count("data:image/png;base64,") == 1  # the notebook's, not the figure
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("12000", "12,000"), ("0.5", "0.5"), ("3.14159", "3.14"), ("", ""), ("nan", "nan"), ("a", "a")],

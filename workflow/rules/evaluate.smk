@@ -4,11 +4,22 @@ MADE = {
     for method, kinds in METHODS.items()
 }
 SCORES = [f"{OUT}/scores/{method}.parquet" for method in METHODS]
+TABULATED = {"main": "single", "multi": "multi", "context": "swap"}  # table: kind
 QUALITY = [
-    f"{OUT}/tables/{name}{form}" for name in ("main", "multi", "context") for form in (".csv", ".md", ".tex")
+    f"{OUT}/tables/{name}{form}"
+    for name, kind in TABULATED.items()
+    if kind in KINDS
+    for form in (".csv", ".md", ".tex")
 ]
-DETAILS = [f"{OUT}/tables/{name}.csv" for name in ("differences", "progress", "groups")]
-TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", f"{OUT}/tables/router.csv", *ANNOTATION]
+DETAILS = [
+    f"{OUT}/tables/{name}.csv"
+    for name in ("differences", "progress", "groups")
+    if KINDS & {"single", "multi"}
+]
+# The router is looked at on validation subjects, whatever is made of the test subjects.
+ROUTED = [kind for kind in ("single", "swap") if kind in stages.kinds(CONFIG, "validation")]
+ROUTER = [f"{OUT}/tables/router.csv"] if "moa" in METHODS and ROUTED else []
+TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", *ROUTER, *ANNOTATION]
 
 
 rule score:
@@ -116,8 +127,8 @@ rule quality_tables:
 rule cost_table:
     input:
         samples=f"{OUT}/samples.parquet",
-        trained=expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
-        made=[file for files in MADE.values() for file in files],
+        trained=expand(f"{OUT}/train/{{method}}", method=TRAININGS),
+        memory=[Path(file).with_suffix(".json") for files in MADE.values() for file in files],
     output:
         report(f"{OUT}/tables/cost.csv", category="Tables", caption="../report/tables.rst"),
     log:
@@ -126,26 +137,25 @@ rule cost_table:
         "../../envs/models.yaml"
     params:
         code=code("cost"),
-        training=lambda wildcards: [
-            f"{method}={OUT}/train/{trained}/train.json"
-            for method, trained in TRAINED.items()
-            if method in METHODS
-        ],
-        memory=lambda wildcards: [
-            f"{method}={OUT}/benchmarks/generate/{method}-{Path(file).stem}.tsv"
-            for method, files in MADE.items()
-            for file in files
-        ],
+        training=lambda wildcards: option(
+            "--training",
+            [
+                f"{method}={OUT}/train/{TRAINED[method]}/train.json"
+                for method in METHODS
+                if method in TRAINED
+            ],
+        ),
+        memory=lambda wildcards, input: [f"{Path(file).parent.name}={file}" for file in input.memory],
     message:
         "Tabulating cost"
     shell:
-        "python -m moa cost --sample-files {input.samples} --training {params.training} --memory {params.memory}"
+        "python -m moa cost --sample-files {input.samples} {params.training} --memory {params.memory}"
         " --output {output} > {log} 2>&1"
 
 
 rule router:
     input:
-        requests=[f"{OUT}/requests/validation-{kind}-000.parquet" for kind in ("single", "swap")],
+        requests=[f"{OUT}/requests/validation-{kind}-000.parquet" for kind in ROUTED],
         subjects=f"{OUT}/subjects/validation.parquet",
         trained=f"{OUT}/train/moa",
         models=models("prior", "image_encoder", "segmenter"),

@@ -1,6 +1,13 @@
 # What a person looks at. Nothing is computed here; everything is read from samples, logs and tables.
 GRIDS = {"benchmark": "single", "pairs": "multi", "swap": "swap"}
-FIGURES = [f"{OUT}/figures/{name}.png" for name in (*GRIDS, "training", "scores", "router")]
+DRAWN = [
+    *(name for name, kind in GRIDS.items() if kind in KINDS),
+    *(["training"] if TRAININGS else []),
+    *(["scores"] if "single" in KINDS else []),
+    *(["router"] if ROUTER else []),
+]
+FIGURES = [f"{OUT}/figures/{name}.png" for name in DRAWN]
+NOTEBOOKS = [f"{OUT}/notebooks/router_maps.ipynb"] if ROUTER else []
 
 
 rule grid:
@@ -27,7 +34,7 @@ rule grid:
 
 rule training_curves:
     input:
-        expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
+        expand(f"{OUT}/train/{{method}}", method=TRAININGS),
     output:
         report(f"{OUT}/figures/training.png", category="Figures", caption="../report/training.rst"),
     log:
@@ -99,9 +106,9 @@ rule html_report:
     input:
         TABLES,
         FIGURES,
-        f"{OUT}/notebooks/router_maps.ipynb",
-        f"{OUT}/data/card.md",
-        expand(f"{OUT}/train/{{method}}", method=sorted(set(TRAINED.values()))),
+        NOTEBOOKS,
+        [f"{OUT}/data/card{form}" for form in (".md", ".png")],
+        expand(f"{OUT}/train/{{method}}", method=TRAININGS),
         template="moa/report.html",
     output:
         f"{OUT}/report.html",
@@ -112,8 +119,10 @@ rule html_report:
     params:
         config=lambda wildcards: json.dumps(CONFIG),
         code=code("report"),
+        shown=lambda wildcards, input: [file for file in input if file != input.template],
         results=results,
     message:
         "Writing the report: {output}"
     shell:
-        "python -m moa report --results {params.results} --config {params.config:q} --output {output} > {log} 2>&1"
+        "python -m moa report --results {params.results} --config {params.config:q} --shown {params.shown}"
+        " --output {output} > {log} 2>&1"

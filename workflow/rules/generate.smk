@@ -1,6 +1,7 @@
 # The protocol's requests, and every method's images of them. A killed job goes on with the images that are there.
-METHODS = CONFIG["methods"]  # method: kinds
-TRAINED = {"moa": "moa", "moa_wrong_subject": "moa", "fastcomposer": "fastcomposer"}  # method: what it needs
+METHODS = stages.methods(CONFIG)  # method: kinds
+KINDS = {kind for kinds in METHODS.values() for kind in kinds}
+TRAININGS = sorted({TRAINED[method] for method in METHODS if method in TRAINED})
 
 
 rule plan:
@@ -33,7 +34,8 @@ rule generate:
             f"{OUT}/train/{TRAINED[wildcards.method]}" if wildcards.method in TRAINED else []
         ),
     output:
-        f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.parquet",
+        made=f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.parquet",
+        memory=f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.json",
     log:
         f"{OUT}/logs/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.log",
     benchmark:
@@ -54,4 +56,4 @@ rule generate:
     shell:
         "python -m moa generate-shard --config {params.config:q} --method {wildcards.method}"
         " --requests {input.requests} --subjects {input.subjects} {params.trained}"
-        " --root {params.root} --output {output} > {log} 2>&1"
+        " --root {params.root} --output {output.made} --memory {output.memory} > {log} 2>&1"

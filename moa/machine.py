@@ -1,0 +1,30 @@
+"""What a result depends on, and costs, besides its inputs: libraries, device, memory."""
+
+from __future__ import annotations
+
+import resource
+from importlib.metadata import version
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+def libraries() -> dict[str, str]:
+    """Versions of the libraries that decide on the last digits of a result."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError naming the key if this machine has no such device."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: cuda, but PyTorch finds no GPU here: set `device: cpu`, or install a driver and a "
+                "PyTorch built for it"
+            )
+
+
+def peak_memory() -> int:
+    """The most resident memory, in bytes, that this process has had; GPU memory is not in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
