@@ -29,3 +29,8 @@ def test_files_that_the_readme_links_exist() -> None:
     assert links
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing, f"README.md links to {missing}"
+
+
+def test_nothing_is_left_to_be_filled_in() -> None:
+    left = [line for line in README.splitlines() if "FILL" in line or "TODO" in line]
+    assert not left, f"README.md has placeholders: {left}"
