@@ -1,4 +1,4 @@
-"""Content hashes: of the modules that a stage uses, and of JSON-able settings.
+"""Content hashes: of the modules that a stage uses, of JSON-able settings, of files and of models.
 
 Snakemake does not see that a Python module changed. The workflow therefore puts `code_hash` of a stage's
 module into the rule's `params`: editing a file reruns exactly the stages that import it, directly or not.
@@ -90,3 +90,31 @@ def code_hash(*modules: str, root: Path = ROOT) -> str:
 def settings_hash(settings: Any) -> str:
     """16 hex digits of a JSON-able value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_files(model: Path) -> list[Path]:
+    """Files of a model's folder that can change what the model does, sorted: no cards, recipes, logs.
+
+    A model that is one file has this one; a model that is not there has none.
+    """
+    if model.is_file():
+        return [model]
+    return sorted(file for file in model.rglob("[!.]*") if file.is_file() and _counts(file))
+
+
+def _counts(file: Path) -> bool:
+    return file.suffix not in (".md", ".csv") and not file.name.endswith("recipe.json")
+
+
+def model_hash(model: Path) -> str:
+    """SHA-256 over the names below `model` and the bytes of `model_files`."""
+    digest = hashlib.sha256()
+    for file in model_files(model):
+        digest.update(f"{file.relative_to(model).as_posix()}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()

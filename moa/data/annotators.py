@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from moa.data.errors import BrokenImage, DataError
 from moa.data.records import Row, decode_image
+from moa.hashing import model_hash
 from moa.methods import ModelSource
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -38,10 +38,7 @@ def revision(source: ModelSource, model: Any) -> str:
     folder = Path(source.id)
     if not folder.is_dir():
         return str(getattr(model.config, "_commit_hash", None) or source.revision or "main")
-    digest = hashlib.sha256()
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt")):
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return f"sha256:{model_hash(folder)[:16]}"
 
 
 def check_positive(config: Any, *names: str) -> None:

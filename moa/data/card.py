@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from moa.data.crops import resize_ids
 from moa.data.errors import REASONS, DataError
-from moa.data.records import RECORD, REJECTED, Row, decode_image, decode_mask, read_rows, write_atomically
+from moa.data.records import RECORD, REJECTED, Row, decode_image, decode_mask, read_rows
+from moa.files import write_atomically
 
 COLORS = ((230, 57, 70), (29, 120, 240), (255, 183, 3), (42, 157, 143), (155, 93, 229), (241, 91, 181))
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moa.data.errors import DataError
-from moa.data.records import read_rows, write_atomically
+from moa.data.records import read_rows
 from moa.evaluation.statistics import interval
 from moa.evaluation.tables import Table, limits, save
+from moa.files import write_atomically
 
 Maps = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from moa.data.records import write_atomically
+from moa.files import write_atomically
 
 GAP, MARGIN = 2, 10  # pixels between cells, and around all
 INK, PAPER, EMPTY = "#1a1a1a", "white", "#e8e8e8"

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from moa.data.errors import DataError
 from moa.data.phrases import clause, person_phrases
-from moa.data.records import CAPTION, RECORD, SEGMENT, TRUTH, Row, decode_mask, read_rows, write_atomically
+from moa.data.records import CAPTION, RECORD, SEGMENT, TRUTH, Row, decode_mask, read_rows
+from moa.files import write_atomically
 from moa.miniature import world
 
 FIGURE_ATTRIBUTES = ("class", *world.APPEARANCE_ATTRIBUTES, "prop")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from moa.files import write_atomically
 from moa.hashing import code_hash
 from moa.miniature.captions import Caption, task_caption, web_caption
 from moa.miniature.render import render
@@ -102,10 +103,7 @@ def load(
     if not file.exists():
         images, masks, drawn = _make(split, count, seed, pair_share, prop_share)
         text = np.array(json.dumps([s.to_dict() for s in drawn]))
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
-        np.savez(partial, images=images, masks=masks, scenes=text)
-        os.replace(partial, file)
+        write_atomically(file, lambda part: np.savez(part, images=images, masks=masks, scenes=text))
     with np.load(file, allow_pickle=False) as data:
         images, masks, scenes = data["images"], data["masks"], json.loads(str(data["scenes"]))
     digest = hashlib.sha256(images.tobytes() + masks.tobytes()).hexdigest()

@@ -6,7 +6,6 @@ Each `measure_*` returns rows (gate, measure, value, goal, count). A missed goal
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from moa.data.segment import SegmentConfig
 from moa.evaluation.identity import AutoEmbedder, ColorEmbedder, Embedder
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
+from moa.files import write_atomically
 from moa.miniature import corpus, models
 from moa.miniature.annotation import caption_cases, overlaps
 from moa.miniature.captions import Wording, task_caption
@@ -318,11 +318,13 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
 
 def write(rows: Sequence[Row], output: Path) -> None:
     """The gates as CSV: gate, measure, value, goal, reached, count."""
-    partial = output.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["gate", "measure", "value", "goal", "reached", "count"])
-        for gate, measure, value, goal, count in rows:
-            reached = "" if goal is None else "yes" if value >= goal else "no"
-            writer.writerow([gate, measure, f"{value:.4f}", "" if goal is None else goal, reached, count])
-    os.replace(partial, output)
+
+    def csv_to(path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["gate", "measure", "value", "goal", "reached", "count"])
+            for gate, measure, value, goal, count in rows:
+                reached = "" if goal is None else "yes" if value >= goal else "no"
+                writer.writerow([gate, measure, f"{value:.4f}", "" if goal is None else goal, reached, count])
+
+    write_atomically(output, csv_to)

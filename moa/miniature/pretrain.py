@@ -15,11 +15,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPModel
 
-from moa.hashing import code_hash, settings_hash
+from moa.hashing import code_hash, model_hash, settings_hash
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
 from moa.miniature.recipes import annotators, clip, judges, prior, vae
-from moa.training.checkpoint import folder_hash
 
 Model = Literal[
     "vae",
@@ -133,7 +132,7 @@ def run(
             "settings": asdict(settings),
             "data": data.sha256,
             "code": code_hash("moa.miniature.pretrain"),
-            "parts": [folder_hash(part) for part in (vae, clip) if part],
+            "parts": [model_hash(part) for part in (vae, clip) if part],
         }
     )
     state = checkpoints / f"{model}-{key}"

@@ -41,22 +41,6 @@ def key(**parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of all files under a folder, or of one file."""
-    if folder.is_file():
-        return file_hash(folder)
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel frees it when the holder ends, killed or not.
@@ -79,14 +63,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that others see the old one or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def replace_folder(new: Path, target: Path) -> None:

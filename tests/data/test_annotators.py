@@ -96,11 +96,13 @@ def test_a_silent_captioner_is_quarantined(captioner, rendered, tmp_path, monkey
     assert {row["problem"].partition(":")[0] for row in silent} == {"empty_caption"}
 
 
-def test_the_revision_changes_with_the_weights(captioner, tmp_path):
+def test_the_revision_changes_with_the_weights_alone(captioner, tmp_path):
     """A row must tell which weights spoke, even when a folder was trained anew in place."""
     folder = tmp_path / "captioner"
     shutil.copytree(captioner.id, folder)
     before = Captioner(CaptionConfig(ModelSource(str(folder)))).revision
+    (folder / "recipe.json").write_text("{}")
+    assert Captioner(CaptionConfig(ModelSource(str(folder)))).revision == before
     model = Captioner(CaptionConfig(ModelSource(str(folder)))).model
     with torch.no_grad():
         model.query_tokens += 1

@@ -27,6 +27,7 @@ from moa.data.records import (
     sha256,
     write_rows,
 )
+from moa.files import write_atomically
 
 IMAGE = encode_image(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "a.png")
 MASK = encode_mask(np.eye(4, dtype=np.int32))
@@ -145,7 +146,7 @@ def test_a_failed_write_leaves_no_file(tmp_path):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        records.write_atomically(tmp_path / "folder" / "t.json", write)
+        write_atomically(tmp_path / "folder" / "t.json", write)
     assert list((tmp_path / "folder").iterdir()) == []
 
 

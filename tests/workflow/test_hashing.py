@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moa.hashing import code_hash, settings_hash, used_modules
+from moa.hashing import code_hash, model_files, model_hash, settings_hash, used_modules
 
 
 @pytest.fixture
@@ -55,3 +55,29 @@ def test_unknown_module_is_named(package: Path) -> None:
 def test_settings_hash_ignores_key_order() -> None:
     assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1})
     assert settings_hash({"a": 1, "b": 2}) != settings_hash({"a": 1, "b": 3})
+
+
+def test_models_change_with_their_files_and_not_with_their_cards(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    for name in ("config.json", "vocab.txt", "unet/model.safetensors"):
+        (model / name).write_text(name)
+    before = model_hash(model)
+    for name in ("README.md", "log.csv", "recipe.json", "unet/vae-recipe.json", ".lock"):
+        (model / name).write_text("about the model")
+    assert model_hash(model) == before
+    assert [f.name for f in model_files(model)] == ["config.json", "model.safetensors", "vocab.txt"]
+    for name in ("config.json", "vocab.txt", "unet/model.safetensors"):
+        (model / name).write_text("changed")
+        assert model_hash(model) != before
+        (model / name).write_text(name)
+    (model / "vocab.txt").rename(model / "words.txt")
+    assert model_hash(model) != before
+
+
+def test_a_model_may_be_one_file_or_missing(tmp_path: Path) -> None:
+    (tmp_path / "weights.pt").write_text("one")
+    before = model_hash(tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").write_text("two")
+    assert model_hash(tmp_path / "weights.pt") != before
+    assert model_files(tmp_path / "none") == []
