@@ -25,6 +25,7 @@ from tqdm import tqdm
 from moa.conditioner import find_words
 from moa.data.errors import BrokenImage
 from moa.data.records import decode_image, sha256
+from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.files import write_atomically
 from moa.hashing import code_hash, file_hash, model_hash
@@ -91,7 +92,7 @@ def run(
     Raises:
         ValueError, FileNotFoundError: broken inputs or missing weights; the message says what to do.
     """
-    people = samples.read_subjects(subjects)
+    people = read_subjects(subjects)
     rows = sorted(samples.read(list(requests), samples.REQUEST), key=samples.sort_key)
     settings = config.method(trained, list(people.values()))
     made = [samples.made(row, method, 0.0, seed_of(trained)) for row in rows]

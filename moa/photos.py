@@ -30,14 +30,17 @@ def to_rgb(photo: Photo) -> Image.Image:
         size = f"{photo.width} × {photo.height}"
         raise ValueError(f"a subject's photo is {size} pixels; it needs at least {MIN_SIDE} a side")
     try:
-        return _convert(ImageOps.exif_transpose(photo))
+        return convert(ImageOps.exif_transpose(photo))
     except OSError as error:
         name = getattr(photo, "filename", "") or "a subject's photo"
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _convert(photo: Image.Image) -> Image.Image:
-    """Any mode of PIL to RGB."""
+def convert(photo: Image.Image) -> Image.Image:
+    """Any mode of PIL to RGB: 16-bit grey scaled, transparency on white.
+
+    Raises ValueError for grey of more than 8 bits whose values are out of range (see `from_array`).
+    """
     if photo.mode == "F" or photo.mode.startswith("I"):
         return from_array(np.asarray(photo)).convert("RGB")
     if photo.has_transparency_data:

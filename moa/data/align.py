@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
+from moa.choose import greedy_pairs
 from moa.data import phrases
 from moa.data.annotators import load
 from moa.data.crops import middle_square
@@ -71,19 +72,14 @@ class AlignConfig:
 # --- Matching ---------------------------------------------------------------------------------------------
 
 
-def greedy_matches(scores: NDArray[Any]) -> list[int]:
-    """For each phrase its segment, one to one, the best remaining pair first; equal scores go by order.
+def one_to_one(scores: NDArray[Any]) -> list[int]:
+    """For each phrase its segment, the best remaining pair first; equal scores go by order.
 
     `scores` is [P, S] with P <= S; DataError otherwise.
     """
     if scores.shape[0] > scores.shape[1]:
         raise DataError(f"{scores.shape[0]} phrases cannot have {scores.shape[1]} segments one to one")
-    chosen = dict[int, int]()
-    for place in np.argsort(-scores, axis=None, kind="stable"):
-        phrase, segment = divmod(int(place), scores.shape[1])
-        if phrase not in chosen and segment not in chosen.values():
-            chosen[phrase] = segment
-    return [chosen[phrase] for phrase in range(scores.shape[0])]
+    return [segment for _, segment in sorted(greedy_pairs(scores))]
 
 
 def order_equals(matches: Sequence[int], texts: Sequence[str]) -> list[int]:
@@ -146,7 +142,7 @@ def match(
     ]
     similar = np.array([[label_similarity(p.word, s["label"]) for s in segments] for p in people])
     scores = scorer(photo, texts, segments) * similar
-    return [segments[index] for index in order_equals(greedy_matches(scores), texts)]
+    return [segments[index] for index in order_equals(one_to_one(scores), texts)]
 
 
 # --- Checks -----------------------------------------------------------------------------------------------

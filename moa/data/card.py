@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from moa.choose import spread
 from moa.data.crops import resize_ids
 from moa.data.errors import REASONS, DataError
 from moa.data.records import RECORD, REJECTED, Row, decode_image, decode_mask, read_rows
@@ -142,11 +143,10 @@ def contact_sheet(records: Sequence[Row], config: CardConfig) -> Image.Image:
     """Tiles of records spread evenly over all. Raises DataError if there is none."""
     if not records:
         raise DataError("no record to show: every photo was rejected; see the reasons in the data card")
-    count = min(config.images, len(records))
-    tiles = [tile(records[i * len(records) // count], config.side) for i in range(count)]
-    columns = min(config.columns, count)
+    tiles = [tile(record, config.side) for record in spread(records, config.images)]
+    columns = min(config.columns, len(tiles))
     width, height = tiles[0].size
-    sheet = Image.new("RGB", (columns * (width + 8), -(-count // columns) * (height + 4)), "white")
+    sheet = Image.new("RGB", (columns * (width + 8), -(-len(tiles) // columns) * (height + 4)), "white")
     for place, picture in enumerate(tiles):
         sheet.paste(picture, (place % columns * (width + 8), place // columns * (height + 4)))
     return sheet

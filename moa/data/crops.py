@@ -17,6 +17,7 @@ from PIL import Image
 
 from moa.data.errors import DataError
 from moa.data.records import bounding_box
+from moa.photos import pad_to_square
 
 Pixels = NDArray[np.uint8]
 
@@ -54,14 +55,6 @@ def middle_square(pixels: NDArray[Any]) -> NDArray[Any]:
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
     return pixels[top : top + side, left : left + side]
-
-
-def pad_to_square(image: Image.Image, fill: int = 0) -> Image.Image:
-    """The image in the middle of the smallest square that holds it; the rest is grey level `fill`."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), (fill, fill, fill))
-    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def photo_to_square(photo: Image.Image, size: int) -> Image.Image:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moa.data.errors import BrokenImage, DataError
 from moa.files import write_atomically
+from moa.photos import convert
 
 Row = dict[str, Any]
 IdMap = NDArray[np.int32]
@@ -234,7 +235,7 @@ def encode_image(image: Image.Image | NDArray[np.uint8], path: str | None = None
 
 
 def decode_image(value: Mapping[str, Any]) -> Image.Image:
-    """The RGB picture of an image column's value, upright, transparency laid over white, 16 bits made 8.
+    """The RGB picture of an image column's value, upright, made 8-bit RGB by `moa.photos.convert`.
 
     Raises BrokenImage if there are no bytes, or bytes that cannot be decoded to the last row.
     """
@@ -244,21 +245,9 @@ def decode_image(value: Mapping[str, Any]) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         picture.load()
-        return _to_rgb(picture)
+        return convert(picture)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"image cannot be decoded: {error}") from error
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey, which `convert` would clip at 255
-        grey = np.asarray(picture).astype(np.uint32)
-        shift = 8 if grey.max(initial=0) > 255 else 0
-        return Image.fromarray((grey >> shift).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
 
 
 def encode_mask(ids: NDArray[Any]) -> bytes:

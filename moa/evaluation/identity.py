@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
+from moa.choose import greedy_pairs
 from moa.data.annotators import load
 from moa.data.records import bounding_box
 from moa.data.segment import SegmentConfig
@@ -265,22 +266,6 @@ def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
 # --- The score --------------------------------------------------------------------------------------------
 
 
-def greedy_matches(similarity: Floats) -> list[tuple[int, int]]:
-    """(reference, face) pairs: the most similar first, then of the rest, until one side ends.
-
-    Args:
-        similarity: [references, faces]. On a tie the first in reading order wins.
-    """
-    left = np.array(similarity, dtype=float)
-    matches = []
-    for _ in range(min(left.shape)):
-        reference, face = np.unravel_index(np.argmax(left), left.shape)
-        matches.append((int(reference), int(face)))
-        left[reference, :] = -np.inf
-        left[:, face] = -np.inf
-    return matches
-
-
 def score(references: Floats, faces: Floats, sizes: Floats) -> Score:
     """Compare an image's faces with its references.
 
@@ -293,5 +278,5 @@ def score(references: Floats, faces: Floats, sizes: Floats) -> Score:
     if number < wanted:
         return Score(0.0, False, number, 0.0)
     similarity = references @ faces[:wanted].T
-    worst = min(float(similarity[match]) for match in greedy_matches(similarity))
+    worst = min(float(similarity[match]) for match in greedy_pairs(similarity))
     return Score(max(worst, 0.0), True, number, float(sizes[:wanted].min()))

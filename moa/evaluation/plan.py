@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.evaluation.protocol import load, requests
 
@@ -23,7 +24,7 @@ def run(protocol: Path, subjects: Path, split: str, kind: str, shard: int, shard
         raise ValueError(
             f"shard {shard} is outside 0..{shards - 1}; see the configuration's key shards.{kind}"
         )
-    people = list(samples.read_subjects(subjects).values())
+    people = list(read_subjects(subjects).values())
     rows = sorted(requests(load(protocol), people, kind, split), key=samples.sort_key)
     first, last = (len(rows) * n // shards for n in (shard, shard + 1))
     samples.write(output, rows[first:last], samples.REQUEST)

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
+from moa.choose import spread
 from moa.evaluation.samples import Row
 
 PLACEHOLDER = "{S}"
@@ -81,7 +82,7 @@ class Split:
                 raise ValueError(
                     f"the protocol asks for {self.subjects} subjects, but there are {len(ordered)}"
                 )
-            return spread(list(ordered.values()), self.subjects)
+            return spread_by_word(list(ordered.values()), self.subjects)
         missing = [name for name in self.subjects if name not in ordered]
         if missing:
             raise ValueError(
@@ -90,12 +91,12 @@ class Split:
         return [ordered[name] for name in self.subjects]
 
 
-def spread(subjects: Sequence[Named], count: int) -> list[Named]:
+def spread_by_word(subjects: Sequence[Named], count: int) -> list[Named]:
     """`count` subjects from all over a list, the class words in turn as long as there are both."""
     groups = [[s for s in subjects if s.word == word] for word in sorted({s.word for s in subjects})]
     turns = [s for turn in zip_longest(*groups) for s in turn if s is not None]
     quotas = [sum(s.word == group[0].word for s in turns[:count]) for group in groups]
-    chosen = [[g[i * len(g) // n] for i in range(n)] for g, n in zip(groups, quotas, strict=True)]
+    chosen = [spread(group, quota) for group, quota in zip(groups, quotas, strict=True)]
     return [s for turn in zip_longest(*chosen) for s in turn if s is not None]
 
 

@@ -23,6 +23,7 @@ from moa.baselines.moa import MoA, make
 from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.data.segment import SegmentConfig
+from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.evaluation.context import dilate
 from moa.evaluation.maps import ROUTER, Maps, Mask, SavedMaps, save_maps
@@ -165,7 +166,7 @@ def record(
     """
     rows = sorted(samples.read(requests, REQUEST), key=samples.sort_key)
     photos, moa, find = (
-        samples.read_subjects(subjects),
+        read_subjects(subjects),
         MoARecorder(cast(MoA, make(config.method(Path(trained))))),
         config.persons(),
     )

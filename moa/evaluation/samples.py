@@ -15,7 +15,7 @@ import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from moa.data.errors import DataError
-from moa.data.records import SUBJECT, decode_image, read_rows, sha256, write_rows
+from moa.data.records import read_rows, sha256, write_rows
 from moa.methods import Request, Subject
 
 Row = dict[str, Any]
@@ -107,12 +107,6 @@ def write(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 def read(paths: str | Path | Sequence[str | Path], schema: pa.Schema = SAMPLE) -> list[Row]:
     """All rows of one file or several. DataError names a missing, cut or foreign file, and the cure."""
     return read_rows(paths, schema)
-
-
-def read_subjects(path: str | Path) -> dict[str, Subject]:
-    """The subjects of a split, by id, in the order of their ids. Raises DataError as `read`."""
-    rows = sorted(read_rows(path, SUBJECT), key=lambda row: row["id"])
-    return {row["id"]: Subject(row["id"], row["word"], decode_image(row["image"])) for row in rows}
 
 
 def to_request(row: Mapping[str, Any], subjects: Mapping[str, Subject]) -> Request:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from moa.data.errors import DataError
 from moa.data.records import write_rows
+from moa.data.subjects import read_subjects
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
@@ -39,7 +40,7 @@ def score(
         DataError: a broken image, a subject without photo, or a reference without a face.
     """
     rows = sorted(samples.read(made, MADE), key=samples.sort_key)
-    photos = {name: s.image for name, s in samples.read_subjects(subjects).items()}
+    photos = {name: s.image for name, s in read_subjects(subjects).items()}
     judges = Judges(config)
     references = reference_features(judges, photos, {name for row in rows for name in row["subjects"]})
     seen = features.look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))

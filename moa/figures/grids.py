@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from moa.choose import spread
 from moa.data.errors import DataError
+from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.evaluation.samples import Row, open_image
 from moa.figures.layout import PAPER, Column, grid, save
@@ -58,12 +60,6 @@ def _template(row: Mapping[str, Any]) -> str:
     return text
 
 
-def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items from all over a sequence, in order."""
-    number = min(count, len(items))
-    return [items[i * len(items) // number] for i in range(number)]
-
-
 def _by_prompt(
     shelf: Shelf, subjects: Sequence[str], prompts: Sequence[str], methods: Sequence[str]
 ) -> list[Column]:
@@ -96,7 +92,7 @@ def benchmark(
     prompts: int = 3,
     cell: int = 128,
 ) -> None:
-    """Draw subjects against methods: the photo, then under each prompt the methods with the same noise.
+    """Draw subjects against methods: the photos, then under each prompt the methods with the same noise.
 
     Args:
         sample_files, subjects, results: as for the `score` stage.
@@ -106,9 +102,11 @@ def benchmark(
         rows, prompts: at most how many subjects and prompts, spread over the protocol's.
         cell: side of a cell in pixels.
     """
-    shelf, photos = Shelf(sample_files, results, split, kind), samples.read_subjects(subjects)
+    shelf, photos = Shelf(sample_files, results, split, kind), read_subjects(subjects)
     shown = spread(shelf.subjects, rows)
-    columns = [Column("subject", "", _photos(photos, shown))]
+    members = [shelf.members[name] for name in shown]
+    titles = ["subject"] if len(members[0]) == 1 else [f"S{n + 1}" for n in range(len(members[0]))]
+    columns = [Column(title, "", _photos(photos, [m[n] for m in members])) for n, title in enumerate(titles)]
     columns += _by_prompt(shelf, shown, spread(sorted(shelf.templates), prompts), methods)
     save(grid(columns, cell), output)
 
@@ -125,12 +123,7 @@ def pairs(
     cell: int = 128,
 ) -> None:
     """Draw two subjects in one image: both photos, then as `benchmark`."""
-    shelf, photos = Shelf(sample_files, results, split, "multi"), samples.read_subjects(subjects)
-    shown = spread(shelf.subjects, rows)
-    members = [shelf.members[name] for name in shown]
-    columns = [Column(f"S{n + 1}", "", _photos(photos, [m[n] for m in members])) for n in range(2)]
-    columns += _by_prompt(shelf, shown, spread(sorted(shelf.templates), prompts), methods)
-    save(grid(columns, cell), output)
+    benchmark(sample_files, subjects, results, output, methods, split, "multi", rows, prompts, cell)
 
 
 def swap(
@@ -148,7 +141,7 @@ def swap(
 
     All subjects share a class word, otherwise the prompt would change too; the more frequent word is shown.
     """
-    shelf, photos = Shelf(sample_files, results, split, "swap"), samples.read_subjects(subjects)
+    shelf, photos = Shelf(sample_files, results, split, "swap"), read_subjects(subjects)
     shown = spread(same_word(shelf.rows), columns)
     wanted = [(m, p) for m in methods if m in shelf.methods for p in spread(sorted(shelf.templates), prompts)]
     titles = ["", *(f"{TITLES.get(method, method)}: {shelf.templates[prompt]}" for method, prompt in wanted)]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from moa.files import write_atomically
 
 LossFunction = Callable[[int, np.random.Generator], dict[str, Tensor]]
 
@@ -82,9 +84,7 @@ class Run:
             "sums": self.sums,
             "summed": self.summed,
         }
-        partial = self.file.with_suffix(".tmp")
-        torch.save(state, partial)
-        os.replace(partial, self.file)
+        write_atomically(self.file, lambda part: torch.save(state, part))
 
     def update(self, losses: dict[str, Tensor]) -> float:
         """One optimizer step on the sum of the losses; returns the gradient norm before clipping.
@@ -122,15 +122,18 @@ class Run:
         means = {name: value / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
         row = {"step": self.step, **means, "grad_norm": norm, "seconds": round(self.seconds, 1)}
-        file, partial = self.folder / "log.csv", self.folder / "log.tmp"
+        file = self.folder / "log.csv"
         rows = list(csv.DictReader(file.open())) if file.exists() else []
         rows = [r for r in rows if int(r["step"]) < self.step]
-        with partial.open("w", newline="") as out:
-            writer = csv.DictWriter(out, fieldnames=list(row))
-            writer.writeheader()
-            writer.writerows([*rows, row])
-        os.replace(partial, file)
+        write_atomically(file, lambda part: _write_csv(part, [*rows, row]))
         return means
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def fit(model: nn.Module, loss: LossFunction, budget: Budget, folder: Path) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moa.baselines.fastcomposer import FastComposer, FastComposerMethod, Localization, localize
+from moa.data.subjects import read_subjects
 from moa.layers import attention_layers, select_loss_layers
 from moa.losses import masked_loss, object_loss
 from moa.methods import Sampling
@@ -83,5 +84,5 @@ def run(
     checkpoints: Path | None = None,
 ) -> None:
     """Train FastComposer from shards of records; `subjects` (a parquet) are shown in the validation grids."""
-    shown = loop.read_subjects(subjects)
+    shown = list(read_subjects(subjects).values())
     loop.run(config, FastComposerTrainee, "fastcomposer", records, shown, output, checkpoints)

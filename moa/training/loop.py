@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moa.baselines.prior import Prior
-from moa.data import records as tables
+from moa.files import write_atomically
 from moa.hashing import code_hash, file_hash, model_hash
 from moa.machine import check_device, libraries, peak_memory
 from moa.methods import ModelSource, Subject
@@ -235,10 +235,7 @@ class Trainer:
             return
         with self.averaged():
             image = self.grid.draw(self.trainee.method(self.config.validation_sampling))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        image.save(part, format="PNG")
-        part.replace(path)
+        write_atomically(path, lambda part: image.save(part, format="PNG"))
 
     def finish(self, output: Path) -> None:
         """Put weights, log, settings and grids into `output`, which appears at once; drop the checkpoints."""
@@ -257,7 +254,7 @@ class Trainer:
             "processes": self.accelerator.num_processes,
         }
         (part / "train.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-        for grid in sorted((self.folder / "grids").glob("*.png")):
+        for grid in sorted((self.folder / "grids").glob("step-*.png")):
             shutil.copy(grid, part / grid.name)
         checkpoint.replace_folder(part, output)
 
@@ -336,9 +333,3 @@ def build(
         grid = ValidationGrid(subjects[: config.validation_subjects], config.validation_prompts, config.seed)
         grid.prepare(Prior(trainee.prior.pipe, config.validation_sampling))
     return Trainer(trainee, data, folder, accelerator, grid)
-
-
-def read_subjects(path: Path) -> list[Subject]:
-    """Subjects of a parquet file in the order of their ids. Raises DataError naming a broken file."""
-    rows = sorted(tables.read_rows(path, tables.SUBJECT), key=lambda row: row["id"])
-    return [Subject(row["id"], row["word"], tables.decode_image(row["image"])) for row in rows]

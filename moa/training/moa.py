@@ -15,6 +15,7 @@ from moa.adapter import MoAAdapter
 from moa.attention import MoAContext, Recorder
 from moa.baselines.moa import MoA
 from moa.conditioner import SubjectConditioner
+from moa.data.subjects import read_subjects
 from moa.losses import masked_loss, object_loss, router_loss
 from moa.methods import Sampling
 from moa.sampling import crop_side, load_image_encoder, load_prior
@@ -105,5 +106,5 @@ def run(
     checkpoints: Path | None = None,
 ) -> None:
     """Train MoA from shards of records; `subjects` (a parquet) are shown in the validation grids."""
-    shown = loop.read_subjects(subjects)
+    shown = list(read_subjects(subjects).values())
     loop.run(config, MoATrainee, "moa", records, shown, output, checkpoints)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moa.data import align
-from moa.data.align import AlignConfig, Aligner, ClipScorer, greedy_matches, match, no_scores, order_equals
+from moa.data.align import AlignConfig, Aligner, ClipScorer, match, no_scores, one_to_one, order_equals
 from moa.data.errors import REASONS, DataError
 from moa.data.phrases import person_phrases
 from moa.data.records import (
@@ -166,10 +166,10 @@ def test_annotations_of_other_photos_are_refused(config, tmp_path):
 
 
 def test_greedy_takes_the_best_pair_first_and_nobody_twice():
-    assert greedy_matches(np.array([[0.9, 0.8], [0.95, 0.1]])) == [1, 0]
-    assert greedy_matches(np.array([[0.2, 0.1, 0.9]])) == [2]
+    assert one_to_one(np.array([[0.9, 0.8], [0.95, 0.1]])) == [1, 0]
+    assert one_to_one(np.array([[0.2, 0.1, 0.9]])) == [2]
     with pytest.raises(DataError, match="one to one"):
-        greedy_matches(np.ones((2, 1)))
+        one_to_one(np.ones((2, 1)))
 
 
 def test_greedy_is_one_to_one_for_any_scores():
@@ -177,14 +177,14 @@ def test_greedy_is_one_to_one_for_any_scores():
     for _ in range(200):
         phrases = int(rng.integers(1, 5))
         scores = rng.integers(0, 3, (phrases, phrases + int(rng.integers(3)))).astype(float)
-        chosen = greedy_matches(scores)
+        chosen = one_to_one(scores)
         assert len(set(chosen)) == phrases
         best = np.argwhere(scores == scores.max())
         assert any(chosen[i] == j for i, j in best), "the best pair must be taken"
 
 
 def test_equal_scores_go_from_left_to_right():
-    assert greedy_matches(np.ones((3, 3))) == [0, 1, 2]
+    assert one_to_one(np.ones((3, 3))) == [0, 1, 2]
     assert order_equals([2, 0, 1], ["a man", "a man", "a woman"]) == [0, 2, 1]
 
 

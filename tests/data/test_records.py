@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,6 +30,7 @@ from moa.data.records import (
     write_rows,
 )
 from moa.files import write_atomically
+from moa.photos import to_rgb
 
 IMAGE = encode_image(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "a.png")
 MASK = encode_mask(np.eye(4, dtype=np.int32))
@@ -148,6 +151,22 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomically(tmp_path / "folder" / "t.json", write)
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize("grey", [100, 255, 32768, 65535])
+def test_deep_grey_is_read_as_the_pipeline_reads_it(grey):
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16), grey, np.uint16)).save(file, format="PNG")
+    found = decode_image({"bytes": file.getvalue()})
+    assert found.getpixel((0, 0)) == (round(grey / 257),) * 3
+    assert found == to_rgb(Image.open(file))
+
+
+def test_grey_out_of_range_is_a_broken_image():
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 70000, np.int32)).save(file, format="TIFF")
+    with pytest.raises(BrokenImage, match="values from 70000"):
+        decode_image({"bytes": file.getvalue()})
 
 
 @pytest.mark.parametrize("largest", [0, 1, 255, 256, 65535])

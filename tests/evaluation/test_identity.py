@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage.data import astronaut
 
+from moa.choose import greedy_pairs
 from moa.data.annotators import ModelSource
 from moa.evaluation import identity
 from moa.evaluation.identity import (
@@ -25,7 +26,6 @@ from moa.evaluation.identity import (
     FaceNetEmbedder,
     MTCNNDetector,
     crop,
-    greedy_matches,
     score,
     tidy,
 )
@@ -44,7 +44,7 @@ def test_greedy_matching_equals_brute_force(seed, size):
         permutations(range(size)),
         key=lambda p: sorted((similarity[i, j] for i, j in enumerate(p)), reverse=True),
     )
-    assert sorted(greedy_matches(similarity)) == list(enumerate(best))
+    assert sorted(greedy_pairs(similarity)) == list(enumerate(best))
 
 
 def test_single_takes_the_largest_face():

@@ -11,7 +11,7 @@ import yaml
 from evaluation_fakes import people
 
 from moa.evaluation import samples
-from moa.evaluation.protocol import Kind, Prompt, image_seed, load, requests, spread, subject_sets
+from moa.evaluation.protocol import Kind, Prompt, image_seed, load, requests, spread_by_word, subject_sets
 
 PAPER, MINIATURE = Path("config/protocol/paper.yaml"), Path("config/protocol/miniature.yaml")
 
@@ -106,11 +106,11 @@ def test_validation_prompts_are_not_test_prompts():
 
 
 def test_a_number_of_subjects_takes_both_words_in_turn_from_all_over():
-    chosen = spread(people(30), 6)
+    chosen = spread_by_word(people(30), 6)
     assert [p.word for p in chosen] == ["man", "woman"] * 3
     assert [p.id for p in chosen] == ["s1", "s0", "s11", "s10", "s21", "s20"]
-    assert len(spread(people(30), 15)) == 15
-    assert [p.id for p in spread([p for p in people(8) if p.word == "man"], 2)] == ["s1", "s5"]
+    assert len(spread_by_word(people(30), 15)) == 15
+    assert [p.id for p in spread_by_word([p for p in people(8) if p.word == "man"], 2)] == ["s1", "s5"]
 
 
 def test_ring_shows_everyone_equally_often():

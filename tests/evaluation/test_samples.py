@@ -6,6 +6,7 @@ import pytest
 from evaluation_fakes import make_rows
 
 from moa.data.errors import DataError
+from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 
 
@@ -33,7 +34,7 @@ def test_row_given_twice_is_refused(tmp_path):
 
 
 def test_request_of_a_row(subjects_file):
-    subjects = samples.read_subjects(subjects_file)
+    subjects = read_subjects(subjects_file)
     row = make_rows("multi")[0]
     request = samples.to_request(row, subjects)
     assert [s.id for s in request.subjects] == row["subjects"]
