@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from moa.adapter import MoAAdapter
-from moa.conditioner import SubjectConditioner
 from moa.methods import ModelSource, Request, Sampling, initial_latents
 
 Pipeline = Any  # diffusers' StableDiffusionPipeline, whose components its types do not know
@@ -127,8 +126,3 @@ def run(
             **conditions,
         )
     return list(made.images)
-
-
-def text_side(pipe: Pipeline) -> SubjectConditioner:
-    """The prior's text encoding and token finding alone, for methods without an adapter."""
-    return SubjectConditioner(pipe.tokenizer, pipe.text_encoder, None, None, adapter=None)  # type: ignore[arg-type]

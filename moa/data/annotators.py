@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +16,7 @@ from moa.hashing import model_hash
 from moa.methods import ModelSource
 
 Precision = Literal["no", "fp16", "bf16"]
+Found = TypeVar("Found")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,6 +47,17 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+
+
+def annotate(
+    model: Callable[[Sequence[Image.Image]], Sequence[Found]], rows: Sequence[Row], size: int, title: str
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """What a model says of each photo, `size` at a time, and why a photo could not be read, both by id."""
+    found: dict[str, Found] = {}
+    problems: dict[str, str] = {}
+    for batch, images in batches(rows, size, problems, title):
+        found |= zip((row["id"] for row in batch), model(images), strict=True)
+    return found, problems
 
 
 def batches(

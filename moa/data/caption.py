@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-from moa.data.annotators import DTYPES, Precision, batches, check_positive, load, revision
+from moa.data.annotators import DTYPES, Precision, annotate, check_positive, load, revision
 from moa.data.records import CAPTION, RAW, read_rows, write_rows
 from moa.methods import ModelSource
 
@@ -81,10 +81,7 @@ def run(config: CaptionConfig, raw: str | Path, output: str | Path) -> None:
     """Caption every photo of a raw shard. Raises DataError for a bad shard or model."""
     rows = read_rows(raw, RAW)
     captioner = Captioner(config)
-    problems: dict[str, str] = {}
-    captions: dict[str, str] = {}
-    for batch, images in batches(rows, config.batch_size, problems, f"caption {Path(raw).stem}"):
-        captions |= zip((row["id"] for row in batch), captioner(images), strict=True)
+    captions, problems = annotate(captioner, rows, config.batch_size, f"caption {Path(raw).stem}")
     problems |= {name: "empty_caption: the model said nothing" for name, text in captions.items() if not text}
     settings = json.dumps(config.decoding | {"precision": config.precision}, sort_keys=True)
     annotated = [

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-from moa.data.annotators import DTYPES, Precision, batches, check_positive, load, revision
+from moa.data.annotators import DTYPES, Precision, annotate, check_positive, load, revision
 from moa.data.errors import DataError
 from moa.data.records import RAW, SEGMENT, IdMap, Row, bounding_box, encode_mask, read_rows, write_rows
 from moa.methods import ModelSource
@@ -153,10 +153,7 @@ def run(config: SegmentConfig, raw: str | Path, output: str | Path) -> None:
     """Find the people of every photo of a raw shard. Raises DataError for a bad shard or model."""
     rows = read_rows(raw, RAW)
     segmenter = Segmenter(config)
-    problems: dict[str, str] = {}
-    found: dict[str, Segmentation] = {}
-    for batch, images in batches(rows, config.batch_size, problems, f"segment {Path(raw).stem}"):
-        found |= zip((row["id"] for row in batch), segmenter(images), strict=True)
+    found, problems = annotate(segmenter, rows, config.batch_size, f"segment {Path(raw).stem}")
     settings = json.dumps(config.settings, sort_keys=True)
     annotated = [
         {

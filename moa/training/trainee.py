@@ -11,9 +11,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from moa.conditioner import PromptEncoder
 from moa.losses import snr_weights
 from moa.methods import Method, Sampling
-from moa.sampling import Pipeline, latent_shape, text_side
+from moa.sampling import Pipeline, latent_shape
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch, Records, Sizes
 
@@ -25,7 +26,7 @@ class FrozenPrior:
 
     def __init__(self, pipe: Pipeline) -> None:
         self.pipe = pipe
-        self.words = text_side(pipe)
+        self.words = PromptEncoder(pipe.tokenizer, pipe.text_encoder)
         self.find_tokens = self.words.token_indices
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
