@@ -46,6 +46,56 @@ def test_missing_weights_are_named(snakemake: Run) -> None:
     assert "snakemake pretrain" in done.stdout + done.stderr
 
 
+EVERY = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["methods"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "gone", "left"),
+    [
+        ({"fastcomposer": []}, ["fastcomposer"], ["figures/swap.png", "figures/router.png", "context.csv"]),
+        (
+            {name: ["single", "multi"] for name in EVERY},
+            ["test-swap", "context", "figures/swap"],
+            ["figures/pairs.png", "tables/multi.csv", "made/ceiling/test-multi", "figures/router.png"],
+        ),
+        (
+            {"moa": [], "moa_wrong_subject": []},
+            ["train/moa", "router", "made/moa"],
+            ["tables/main.csv", "figures/training.png", "tables/cost.csv"],
+        ),
+        (
+            {name: [] for name in EVERY} | {"prior": ["swap"]},
+            ["train/", "router", "main.csv", "differences", "scores.png", "test-single"],
+            ["context.csv", "figures/swap.png", "tables/cost.csv"],
+        ),
+    ],
+    ids=["no baseline", "no swap", "no moa", "only the prior's swaps"],
+)
+def test_what_is_left_out_leaves_the_rest(
+    snakemake: Run, weights: Path, methods: dict, gone: list[str], left: list[str]
+) -> None:
+    done = snakemake("--dry-run", config={"weights": str(weights), "methods": methods})
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert [name for name in ["report.html", "data/card.md", *left] if name not in said] == []
+    assert [name for name in gone if name in said] == []
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"photoshop": ["single"]}, "unknown key methods.photoshop"),
+        ({"moa": ["swop"]}, "methods.moa: unknown kind"),
+    ],
+)
+def test_unknown_methods_and_kinds_stop_before_anything_runs(
+    snakemake: Run, methods: dict, message: str
+) -> None:
+    done = snakemake("--dry-run", config={"methods": methods})
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr
+
+
 # --- SIGKILL ----------------------------------------------------------------------------------------------
 
 PROTOCOL = {
@@ -53,41 +103,35 @@ PROTOCOL = {
     "validation": {"subjects": 1, "kinds": {"single": {"images": 1, "prompts": {"x": ["a {S} in blue"]}}}},
     "test": {
         "subjects": 4,
-        "kinds": {"single": {"images": 6, "prompts": {"x": ["a {S} in a red hat", "a {S} in blue"]}}},
+        "kinds": {
+            "single": {"images": 3, "prompts": {"x": ["a {S} in a red hat", "a {S} in blue"]}},
+            "swap": {"images": 1, "seed": "prompt", "prompts": {"x": ["a {S} in blue"]}},
+        },
     },
 }
-UNUSED = ("captioner", "segmenter", "clip_judge", "identity", "detector")
-TRAINED, MADE = "results/tiny/train/moa", "results/tiny/made/moa/test-single-000.parquet"
+SETTINGS = {
+    "output": "results/tiny",
+    "protocol": "protocol.yaml",
+    "methods": {"moa": ["single", "swap"]} | {name: [] for name in EVERY if name != "moa"},
+    "render": {"train": 12, "validation": 6, "shard_size": 6, "subjects_validation": 1, "subjects_test": 4},
+    "train": {"moa": {"steps": 30, "batch_size": 4, "checkpoint_every": 5, "validate_every": 0}},
+    "generate": {"sampling": {"steps": 6, "batch_size": 2}},
+}
+TRAINED, TABLE = "results/tiny/train/moa", "results/tiny/tables/main.csv"
 
 
 def prepare(project: Path) -> None:
-    """Tiny models, records and subjects, and a configuration that uses them."""
-    prior, image_encoder = tiny.save_models(project / "models")
-    results = project / "results/tiny"
-    for folder in ("data/records", "subjects"):
-        (results / folder).mkdir(parents=True)
-    tiny.save_records(results / "data/records")
-    for split in ("validation", "test"):
-        tiny.save_subjects(results / f"subjects/{split}.parquet")
+    """Records, so that none have to be annotated, and a configuration that uses them."""
+    records = project / "results/tiny/data/records"
+    records.mkdir(parents=True)
+    tiny.save_records(records)
     (project / "protocol.yaml").write_text(yaml.safe_dump(PROTOCOL))
-    changes = {
-        "output": "results/tiny",
-        "protocol": "protocol.yaml",
-        "models": {
-            **{role: {"id": "not/used"} for role in UNUSED},
-            "prior": {"id": prior.id},
-            "image_encoder": {"id": image_encoder.id},
-        },
-        "render": {"train": 12, "validation": 6, "shard_size": 6},
-        "train": {"moa": {"steps": 60, "batch_size": 4, "checkpoint_every": 5, "validate_every": 0}},
-        "generate": {"sampling": {"steps": 6, "batch_size": 2}},
-    }
-    (project / "changes.yaml").write_text(yaml.safe_dump(changes))
+    (project / "changes.yaml").write_text(yaml.safe_dump(SETTINGS))
 
 
 def start(project: Path) -> subprocess.Popen[bytes]:
-    """Train MoA and make its images, in a process group of its own."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "changes.yaml", "--", MADE]
+    """Train MoA, make its images, score and tabulate them, in a process group of its own."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "changes.yaml", "--", TABLE]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (project / "snakemake.log").open("ab") as log:
         return subprocess.Popen(
@@ -95,7 +139,7 @@ def start(project: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def kill_when(project: Path, pattern: str, count: int, seconds: float = 240) -> None:
+def kill_when(project: Path, pattern: str, count: int, seconds: float = 900) -> None:
     """SIGKILL the whole process group once `count` files match `pattern` below the results."""
     run, deadline = start(project), time.monotonic() + seconds
     while len(list((project / "results/tiny").glob(pattern))) < count:
@@ -108,7 +152,11 @@ def kill_when(project: Path, pattern: str, count: int, seconds: float = 240) -> 
 
 def finish(project: Path) -> None:
     run = start(project)
-    assert run.wait(timeout=400) == 0, (project / "snakemake.log").read_text()
+    assert run.wait(timeout=900) == 0, (project / "snakemake.log").read_text()
+
+
+def tables(project: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (project / TABLE).parent.iterdir()}
 
 
 def results(project: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
@@ -116,7 +164,7 @@ def results(project: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     trained, images = project / TRAINED, project / "results/tiny/images"
     weights = {path.name: path.read_bytes() for path in trained.glob("*.safetensors")}
     pixels = {
-        path.relative_to(images).as_posix(): np.asarray(Image.open(path)) for path in images.rglob("*.png")
+        path.relative_to(images).as_posix(): np.asarray(Image.open(path)) for path in images.rglob("[!.]*.png")
     }
     return weights, pixels
 
@@ -140,10 +188,13 @@ def test_the_same_command_goes_on_after_a_kill(
     (weights, images), (expected_weights, expected_images) = results(project), results(unbroken)
     assert weights
     assert weights == expected_weights
-    assert len(images) == 4 * 2 * 6
+    assert len(images) == 4 * 2 * 3 + 4
     assert images.keys() == expected_images.keys()
     assert all(np.array_equal(images[name], expected_images[name]) for name in images)
+    assert b"moa,measured,24," in tables(project)["main.csv"]
+    assert tables(project).keys() >= {"main.md", "main.tex", "context.csv", "groups.csv"}
+    assert tables(project) == tables(unbroken)
 
     again = start(project)
-    assert again.wait(timeout=120) == 0
+    assert again.wait(timeout=300) == 0
     assert "Nothing to be done" in (project / "snakemake.log").read_text()
