@@ -57,7 +57,7 @@ def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
     mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
-    loaded = load(kind, mapping, STAGES[name].section.format(**values))
+    loaded: Any = load(kind, mapping, STAGES[name].section.format(**values))
     check_device(getattr(loaded, "device", "cpu"))
     return loaded
 
