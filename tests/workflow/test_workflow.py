@@ -164,7 +164,8 @@ def results(project: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     trained, images = project / TRAINED, project / "results/tiny/images"
     weights = {path.name: path.read_bytes() for path in trained.glob("*.safetensors")}
     pixels = {
-        path.relative_to(images).as_posix(): np.asarray(Image.open(path)) for path in images.rglob("[!.]*.png")
+        path.relative_to(images).as_posix(): np.asarray(Image.open(path))
+        for path in images.rglob("[!.]*.png")
     }
     return weights, pixels
 
