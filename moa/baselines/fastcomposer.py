@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from moa.attention import run_expert, subject_maps
 from moa.conditioner import SubjectConditioner
 from moa.methods import MethodConfig, Request, Sampling, register
 from moa.prompts import FuseMLP
@@ -56,20 +57,14 @@ class LocalizedProcessor:
     ) -> Tensor:
         if localization is None or not self.records or encoder_hidden_states is None:
             return self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
-        value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
-        probabilities = attn.get_attention_scores(query, key, None)  # [B * heads, P, T]
-        localization.attention[self.name] = _at_tokens(probabilities, localization.tokens, attn.heads)
-        output = attn.batch_to_head_dim(torch.bmm(probabilities, value))
-        return attn.to_out[1](attn.to_out[0](output)) / attn.rescale_output_factor
-
-
-def _at_tokens(probabilities: Tensor, tokens: Tensor, heads: int) -> Tensor:
-    """[B * heads, P, T] at tokens [B, S], mean over heads: [B, S, P]."""
-    batch = tokens.shape[0]
-    mean = probabilities.view(batch, heads, *probabilities.shape[1:]).mean(1).transpose(1, 2)  # [B, T, P]
-    return mean.gather(1, tokens[..., None].expand(-1, -1, mean.shape[-1]))
+        modules = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+        output, probabilities = run_expert(
+            modules, hidden_states, encoder_hidden_states, attn.heads, None, explicit=True
+        )
+        assert probabilities is not None
+        everyone = torch.ones_like(localization.tokens, dtype=torch.bool)
+        localization.attention[self.name] = subject_maps(probabilities, localization.tokens, everyone)
+        return attn.to_out[1](output) / attn.rescale_output_factor
 
 
 def localize(unet: Any, layers: Sequence[str], explicit: bool) -> None:

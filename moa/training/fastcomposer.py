@@ -16,11 +16,11 @@ from moa.data.subjects import read_subjects
 from moa.layers import attention_layers, select_loss_layers
 from moa.losses import masked_loss, object_loss
 from moa.methods import Sampling
-from moa.sampling import crop_side, load_image_encoder, load_prior
+from moa.sampling import load_image_encoder, load_prior
 from moa.training import loop
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch
-from moa.training.trainee import FrozenPrior, Trainee, normalised, timestep_weights, union
+from moa.training.trainee import FrozenPrior, Trainee, timestep_weights, union
 
 
 class FastComposerTrainee(Trainee):
@@ -31,8 +31,7 @@ class FastComposerTrainee(Trainee):
     def __init__(self, config: TrainConfig, device: str) -> None:
         pipe = load_prior(config.prior, device)
         encoder, processor = load_image_encoder(config.image_encoder, device)
-        super().__init__(config, FrozenPrior(pipe))
-        self.processor = processor
+        super().__init__(config, FrozenPrior(pipe), processor)
         self.model = FastComposer(pipe.unet, encoder, config.image_encoder_layers).to(device)
         for parameter in self.model.trained().values():
             parameter.requires_grad_(True)
@@ -40,19 +39,14 @@ class FastComposerTrainee(Trainee):
         self.layers = [n for n in select_loss_layers(pipe.unet, config.loss_layers) if n in cross]
         localize(pipe.unet, self.layers, explicit=config.attention == "explicit")
 
-    def crop_side(self) -> int:
-        return crop_side(self.processor)
-
     def trained(self) -> dict[str, nn.Parameter]:
         return self.model.trained()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """FastComposer's losses; samples without condition weigh nothing when masked."""
         noisy, target = self.prior.diffuse(batch)
-        pixels = normalised(batch.crops, self.processor.image_mean, self.processor.image_std)
-        text = self.model.fuse(
-            self.prior.text(batch.captions), batch.tokens, batch.slots, self.model.features(pixels)
-        )
+        features = self.model.features(self.encoder_input(batch))
+        text = self.model.fuse(self.prior.text(batch.captions), batch.tokens, batch.slots, features)
         seen = Localization(batch.tokens)
         answer = self.model.unet(
             noisy, batch.timesteps, encoder_hidden_states=text, cross_attention_kwargs={"localization": seen}

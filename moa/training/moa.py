@@ -18,11 +18,11 @@ from moa.conditioner import SubjectConditioner
 from moa.data.subjects import read_subjects
 from moa.losses import masked_loss, object_loss, router_loss
 from moa.methods import Sampling
-from moa.sampling import crop_side, load_image_encoder, load_prior
+from moa.sampling import load_image_encoder, load_prior
 from moa.training import loop
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch
-from moa.training.trainee import FrozenPrior, Trainee, normalised, timestep_weights, union
+from moa.training.trainee import FrozenPrior, Trainee, timestep_weights, union
 
 
 class MoATrainee(Trainee):
@@ -33,7 +33,7 @@ class MoATrainee(Trainee):
     def __init__(self, config: TrainConfig, device: str) -> None:
         pipe = load_prior(config.prior, device)
         encoder, processor = load_image_encoder(config.image_encoder, device)
-        super().__init__(config, FrozenPrior(pipe))
+        super().__init__(config, FrozenPrior(pipe), processor)
         self.adapter = MoAAdapter.from_unet(
             pipe.unet,
             image_encoder=encoder,
@@ -41,11 +41,8 @@ class MoATrainee(Trainee):
             loss_layers=None if config.loss_layers is None else list(config.loss_layers),
         )
         self.adapter.install(pipe.unet, config.attention)
-        self.unet, self.processor = pipe.unet, processor
+        self.unet = pipe.unet
         self.inputs = SubjectConditioner(pipe.tokenizer, pipe.text_encoder, encoder, processor, self.adapter)
-
-    def crop_side(self) -> int:
-        return crop_side(self.processor)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return dict(self.adapter.named_parameters())
@@ -83,8 +80,7 @@ class MoATrainee(Trainee):
         features = text.new_zeros(*batch.tokens.shape, width)
         if not len(batch.slots):
             return features
-        pixels = normalised(batch.crops, self.processor.image_mean, self.processor.image_std)
-        encoded = self.inputs.encode_images(pixels)
+        encoded = self.inputs.encode_images(self.encoder_input(batch))
         return features.index_put((batch.slots[:, 0], batch.slots[:, 1]), encoded.to(features.dtype))
 
     def save(self, folder: Path) -> None:

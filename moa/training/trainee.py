@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor
 
 from moa.conditioner import PromptEncoder
 from moa.losses import snr_weights
 from moa.methods import Method, Sampling
-from moa.sampling import Pipeline, latent_shape
+from moa.sampling import Pipeline, crop_side, latent_shape
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch, Records, Sizes
 
@@ -97,9 +98,10 @@ class Trainee(nn.Module):
 
     name: ClassVar[str]
 
-    def __init__(self, config: TrainConfig, prior: FrozenPrior) -> None:
+    def __init__(self, config: TrainConfig, prior: FrozenPrior, processor: CLIPImageProcessor) -> None:
+        """processor: what prepares images for the image encoder."""
         super().__init__()
-        self.config, self.prior = config, prior
+        self.config, self.prior, self.processor = config, prior, processor
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:
@@ -117,9 +119,13 @@ class Trainee(nn.Module):
     def method(self, sampling: Sampling) -> Method:
         """The trainee, as it is now, as a method."""
 
-    @abstractmethod
     def crop_side(self) -> int:
         """Side in pixels of the subject images that it wants."""
+        return crop_side(self.processor)
+
+    def encoder_input(self, batch: Batch) -> Tensor:
+        """The batch's subject images [N, 3, side, side] as the image encoder wants them."""
+        return normalised(batch.crops, self.processor.image_mean, self.processor.image_std)
 
 
 def union(masks: Tensor, subjects: Tensor) -> Tensor:
