@@ -262,7 +262,8 @@ def captioner() -> Blip2ForConditionalGeneration:
 def grid_positions(side: int, width: int, scale: float = 0.3) -> Tensor:
     """[side², width]: sines and cosines of row and column, as large as patch embeddings are at the start.
 
-    Positions drawn with transformers' 0.02 are lost beside the patches, and attention learns late where to look.
+    Positions drawn with transformers' 0.02 are lost beside the patches, and attention learns late where to
+    look.
     """
     frequencies = 100 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * frequencies

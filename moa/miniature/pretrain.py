@@ -25,6 +25,7 @@ Model = Literal[
     "decoder",
     "clip",
     "unet",
+    "details",
     "image_encoder",
     "identity",
     "attributes",
@@ -50,6 +51,7 @@ class Parts:
 
     vae: Path | None = None
     clip: Path | None = None
+    unet: Path | None = None
 
 
 def _clip(folder: Path) -> CLIPModel:
@@ -62,6 +64,18 @@ def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts)
         raise ValueError("the U-Net needs --vae and --clip: folders that `pretrain` made for those models")
     text = models.text_encoder(_clip(parts.clip))
     return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text)
+
+
+def _train_details(
+    budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+) -> tuple[nn.Module, float]:
+    if parts.vae is None or parts.clip is None or parts.unet is None:
+        raise ValueError(
+            "the U-Net's details need --vae, --clip, --unet: folders that `pretrain` made for those models"
+        )
+    unet = UNet2DConditionModel.from_pretrained(parts.unet)
+    text = models.text_encoder(_clip(parts.clip))
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text, unet)
 
 
 def _train_decoder(
@@ -85,6 +99,7 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
     "decoder": _train_decoder,
     "unet": _train_unet,
+    "details": _train_details,
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
@@ -118,6 +133,7 @@ def run(
     checkpoints: Path,
     vae: Path | None = None,
     clip: Path | None = None,
+    unet: Path | None = None,
 ) -> None:
     """Train one model and save it in half precision.
 
@@ -132,11 +148,11 @@ def run(
             "settings": asdict(settings),
             "data": data.sha256,
             "code": code_hash("moa.miniature.pretrain"),
-            "parts": [model_hash(part) for part in (vae, clip) if part],
+            "parts": [model_hash(part) for part in (vae, clip, unet) if part],
         }
     )
     state = checkpoints / f"{model}-{key}"
-    trained, seconds = RECIPES[model](settings.budget, data, state, Parts(vae, clip))
+    trained, seconds = RECIPES[model](settings.budget, data, state, Parts(vae, clip, unet))
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     models.save_half(trained, partial)
@@ -157,13 +173,14 @@ def run(
     shutil.rmtree(state)
 
 
-def assemble(vae: Path, decoder: Path, clip: Path, unet: Path, prior: Path) -> None:
+def assemble(vae: Path, decoder: Path, clip: Path, unet: Path, details: Path, prior: Path) -> None:
     """Join trained parts into the prior in diffusers' folder layout."""
     text = models.text_encoder(_clip(clip))
     pipeline = models.assemble_prior(
-        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(unet), text
+        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(details), text
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
-    for name, source in {"vae": vae, "decoder": decoder, "clip": clip, "unet": unet}.items():
+    sources = {"vae": vae, "decoder": decoder, "clip": clip, "unet": unet, "details": details}
+    for name, source in sources.items():
         for file in ("recipe.json", "log.csv"):
             shutil.copy(source / file, prior / f"{name}-{file}")

@@ -48,6 +48,7 @@ LOADERS = {
     "decoder": AutoencoderKL,
     "clip": CLIPModel,
     "unet": UNet2DConditionModel,
+    "details": UNet2DConditionModel,
     "image_encoder": CLIPVisionModelWithProjection,
     "identity": ResNetModel,
     "attributes": AutoModelForImageClassification,
@@ -64,8 +65,13 @@ PIXELS = {  # what the processor beside a model makes of a picture
     "segmenter": 128,
     "captioner": 64,
 }
-NEEDS = {"decoder": ("vae",), "unet": ("vae", "clip"), "image_encoder": ("clip",)}
-PRIOR = ("vae", "decoder", "clip", "unet")
+NEEDS = {
+    "decoder": ("vae",),
+    "unet": ("vae", "clip"),
+    "details": ("vae", "clip", "unet"),
+    "image_encoder": ("clip",),
+}
+PRIOR = ("vae", "decoder", "clip", "unet", "details")
 CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
 
 
@@ -485,6 +491,7 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
     [
         ("unet", {"clip": Path("x")}, "--vae"),
         ("unet", {"vae": Path("x")}, "--clip"),
+        ("details", {"vae": Path("x"), "clip": Path("x")}, "--unet"),
         ("decoder", {"clip": Path("x")}, "--vae"),
         ("image_encoder", {"vae": Path("x")}, "--clip"),
     ],
@@ -568,7 +575,7 @@ GATES = (
 def test_the_prior_is_made_of_its_parts(trained, shipped):
     prior = StableDiffusionPipeline.from_pretrained(shipped / "prior", dtype=torch.float32)
     assert equal(weights(shipped / "prior/vae"), weights(trained("decoder")))
-    assert equal(weights(shipped / "prior/unet"), weights(trained("unet")))
+    assert equal(weights(shipped / "prior/unet"), weights(trained("details")))
     factors = {AutoencoderKL.load_config(trained(part))["scaling_factor"] for part in ("vae", "decoder")}
     assert factors == {prior.vae.config.scaling_factor} != {models.vae().config.scaling_factor}
     clip, text = weights(trained("clip")), weights(shipped / "prior/text_encoder")

@@ -1,8 +1,13 @@
 # The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
-PARTS = ["vae", "decoder", "clip", "unet"]
-NEEDS = {"decoder": ["vae"], "unet": ["vae", "clip"], "image_encoder": ["clip"]}
+PARTS = ["vae", "decoder", "clip", "unet", "details"]
+NEEDS = {
+    "decoder": ["vae"],
+    "unet": ["vae", "clip"],
+    "details": ["vae", "clip", "unet"],
+    "image_encoder": ["clip"],
+}
 WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
 
 
@@ -59,7 +64,7 @@ rule assemble_prior:
     message:
         "Joining the prior's parts"
     shell:
-        "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet}"
+        "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet} --details {input.details}"
         " --prior {output} > {log} 2>&1"
 
 

@@ -19,6 +19,7 @@ from moa.miniature.recipes.vae import encode_latents, head_weights
 from moa.miniature.tokenizer import load_tokenizer
 
 DROP = 0.1  # captions replaced by the empty text, for guidance
+SNR_GAMMA = 5.0  # of the second training
 WEB_SHARE = 0.6  # web captions name appearance, task captions do not: prompts at use are of the second kind
 
 
@@ -29,9 +30,21 @@ def encode_texts(text: CLIPTextModel, prompts: list[str]) -> Tensor:
     return text(tokens["input_ids"])[0]
 
 
+def snr_weights(alphas: Tensor, gamma: float) -> Tensor:
+    """min(SNR, γ) / (SNR + 1) of every timestep, [T]: min-SNR for v-prediction (Hang et al., 2023)."""
+    snr = alphas / (1 - alphas)
+    return snr.clamp(max=gamma) / (snr + 1)
+
+
 def loss_function(
-    unet: UNet2DConditionModel, text: CLIPTextModel, latents: Tensor, corpus: Corpus, budget: Budget
+    unet: UNet2DConditionModel,
+    text: CLIPTextModel,
+    latents: Tensor,
+    corpus: Corpus,
+    budget: Budget,
+    by_time: Tensor,
 ) -> LossFunction:
+    """The loss on v, weighted by timestep with `by_time` [T] and by pixel with the figures' heads."""
     alphas = models.scheduler().alphas_cumprod
     weights = F.avg_pool2d(head_weights(corpus.masks), models.IMAGE_SIZE // models.LATENT_SIZE)
 
@@ -45,20 +58,32 @@ def loss_function(
         a = alphas[t].sqrt()[:, None, None, None]
         s = (1 - alphas[t]).sqrt()[:, None, None, None]
         output = unet(a * x + s * noise, t, encode_texts(text, texts)).sample.float()
-        error = (output - (a * noise - s * x)).square()
-        return {"v": (error * weights[rows]).mean()}
+        error = (output - (a * noise - s * x)).square() * weights[rows]
+        return {"v": (error.mean(dim=(1, 2, 3)) * by_time[t]).mean()}
 
     return loss
 
 
 def train(
-    budget: Budget, corpus: Corpus, folder: Path, vae: AutoencoderKL, text: CLIPTextModel
+    budget: Budget,
+    corpus: Corpus,
+    folder: Path,
+    vae: AutoencoderKL,
+    text: CLIPTextModel,
+    unet: UNet2DConditionModel | None = None,
 ) -> tuple[nn.Module, float]:
-    """Train the U-Net on latents and texts of frozen models; returns it and the seconds spent."""
+    """Train the U-Net on latents and texts of frozen models; returns it and the seconds spent.
+
+    From nothing, all timesteps weigh the same, and the noisiest, whose error stays large whatever is learnt,
+    teach who and where. A `unet` that has learnt that is trained on with min-SNR weights, for the details.
+    """
     torch.manual_seed(budget.seed)
-    unet = models.unet()
+    alphas = models.scheduler().alphas_cumprod
+    by_time = torch.ones_like(alphas) if unet is None else snr_weights(alphas, SNR_GAMMA)
+    unet = unet or models.unet()
     unet.set_attn_processor(AttnProcessor())  # on CPU, SDPA's backward would be 40 % of a step
     latents = encode_latents(vae.eval(), corpus.images)
     text = text.eval().requires_grad_(False)
-    seconds = fit(unet, loss_function(unet, text, latents, corpus, budget), budget, folder)
+    loss = loss_function(unet, text, latents, corpus, budget, by_time)
+    seconds = fit(unet, loss, budget, folder)
     return unet.eval(), seconds
