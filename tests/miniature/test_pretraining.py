@@ -641,7 +641,7 @@ def test_the_target_trains_every_model_before_what_needs_it(tmp_path):
     for model, needed in NEEDS.items():
         assert all(train[part] < train[model] for part in needed)
     for model in train:
-        options = dict(re.findall(r"--(vae|clip) (\S+)", commands[train[model]]))
+        options = dict(re.findall(r"--(vae|clip|unet) (\S+)", commands[train[model]]))
         assert options == {p: f"results/pretrain/parts/{p}" for p in NEEDS.get(model, ())}
     assert all(train[model] < publish[model] < measured for model in publish)
     assert max(train[part] for part in PRIOR) < assemble < measured < cards_
