@@ -162,6 +162,20 @@ def assert_same_training(a, b):
     )
 
 
+def test_a_loss_may_join_later(tmp_path):
+    """As captions do, once the vision tower has learnt to see."""
+    model = torch.nn.Linear(2, 1)
+
+    def loss(step, rng):
+        losses = {"seen": model.weight.square().sum()}
+        return losses if step < 5 else losses | {"caption": model.bias.square().sum()}
+
+    fit(model, loss, replace(BUDGET, steps=10, bf16=False), tmp_path)
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == ["5", "10"]
+    assert rows[0]["caption"] == "" and float(rows[1]["caption"]) >= 0
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, bf16):
     budget = replace(BUDGET, bf16=bf16)
