@@ -7,47 +7,54 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from moa.data.records import read_rows
 from moa.evaluation import samples
+from moa.evaluation.samples import KEPT
 from moa.evaluation.tables import Table, limits, mean_of, save
 
-BOUNDS = tuple(f"{metric}{side}" for metric in ("ip", "pc") for side in ("", "_low", "_high"))
+METRICS = tuple(f"{metric}{side}" for metric in ("ip", "pc") for side in ("", "_low", "_high"))
+COLUMNS = ("method", "trial", "changes", "images", *METRICS, "found", "score", "swaps", "psnr")
 
 
 def tabulate(trials: Sequence[str], changes: str, output: Path) -> None:
-    """Write tuning.csv, a row a trial: method, trial, its changes to the configuration, IP, PC, found, score.
+    """Write tuning.csv, a row a trial, with its changes to the configuration.
 
-    The score is what trials are chosen by: the geometric mean of IP and PC, so that a per cent of the one
-    weighs as much as a per cent of the other.
+    IP, PC, found and score are of single subjects. The score is what trials are chosen by: the geometric
+    mean of IP and PC, so that a per cent of the one weighs as much as a per cent of the other. PSNR outside
+    the subject when it is swapped (dB, mean over `swaps` pairs) is shown beside it.
 
     Args:
-        trials: `method/trial=file of scored samples`, validation subjects only.
+        trials: `method/trial=folder` with samples.parquet and kept.parquet, of validation subjects only.
         changes: JSON, {method: {trial: changed settings}}.
         output: the CSV.
 
     Raises:
-        DataError: a samples file is missing or broken.
+        DataError: a file is missing or broken.
         ValueError: samples of another split than validation are among them.
     """
     settings = json.loads(changes)
     rows = []
     for entry in trials:
-        name, _, path = entry.partition("=")
+        name, _, folder = entry.partition("=")
         method, trial = name.split("/")
-        own = samples.read(path, samples.SAMPLE)
-        if any(row["split"] != "validation" for row in own):
-            raise ValueError(f"{path} holds test samples: choices are made on validation subjects only")
-        found = sum(row["found"] for row in own) / len(own)
-        scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         changed = json.dumps(settings[method][trial], sort_keys=True)
-        rows.append(
-            {
-                "method": method,
-                "trial": trial,
-                "changes": changed,
-                "images": len(own),
-                **scores,
-                "found": found,
-                "score": math.sqrt(max(scores["ip"], 0.0) * max(scores["pc"], 0.0)),
-            }
-        )
-    save(Table(("method", "trial", "changes", "images", *BOUNDS, "found", "score"), rows), output)
+        rows.append({"method": method, "trial": trial, "changes": changed} | measured(Path(folder)))
+    save(Table(COLUMNS, rows), output)
+
+
+def measured(folder: Path) -> dict[str, float | None]:
+    """What a trial's images scored."""
+    rows = samples.read(folder / "samples.parquet", samples.SAMPLE)
+    if any(row["split"] != "validation" for row in rows):
+        raise ValueError(f"{folder} holds test samples: choices are made on validation subjects only")
+    single = [row for row in rows if row["kind"] == "single"]
+    scores = limits("ip", mean_of(single, "ip")) | limits("pc", mean_of(single, "pc"))
+    kept = [row["psnr"] for row in read_rows([folder / "kept.parquet"], KEPT) if row["psnr"] is not None]
+    return {
+        "images": len(single),
+        **scores,
+        "found": sum(row["found"] for row in single) / len(single),
+        "score": math.sqrt(max(scores["ip"], 0.0) * max(scores["pc"], 0.0)),
+        "swaps": len(kept),
+        "psnr": sum(kept) / len(kept) if kept else None,
+    }

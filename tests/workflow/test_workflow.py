@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from tests.training import tiny
 from tests.workflow.conftest import Run
 
 pytestmark = pytest.mark.slow
+
+MINIATURE = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())
 
 
 @pytest.mark.parametrize("preset", ["miniature", "paper"])
@@ -46,7 +50,19 @@ def test_missing_weights_are_named(snakemake: Run) -> None:
     assert "snakemake pretrain" in done.stdout + done.stderr
 
 
-EVERY = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["methods"]
+def test_tuning_trains_once_for_trials_that_sample_differently(snakemake: Run) -> None:
+    """Every trial is generated and scored; only changes to `train` need a training of their own."""
+    done = snakemake("--dry-run", "tune")
+    assert done.returncode == 0, done.stderr
+    grid = [(method, trial) for method, trials in MINIATURE["tuning"].items() for trial in trials.values()]
+    trained = {(method, json.dumps(trial["train"])) for method, trial in grid if "train" in trial}
+    assert 0 < len(trained) < sum("train" in trial for _, trial in grid)
+    jobs = dict(re.findall(r"^(tun\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    each = dict.fromkeys(("tune_generate", "tune_score", "tune_kept"), str(len(grid)))
+    assert jobs == each | {"tune": "1", "tune_train": str(len(trained)), "tuning_table": "1"}
+
+
+EVERY = MINIATURE["methods"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 # A trial is the configuration with changes to train.<method> (`train`) and to generate.sampling (`sampling`);
 # trials of a method with the same changes to `train` share one training, those without any the main one.
 TRIALS = [(method, trial) for method, trials in TUNING.items() for trial in trials]
+TUNED = [
+    f"{OUT}/requests/validation-{kind}-000.parquet" for kind in ROUTED
+]  # subjects one by one, and swapped
 
 
 wildcard_constraints:
@@ -46,12 +49,12 @@ rule tune_train:
 
 rule tune_generate:
     input:
-        requests=f"{OUT}/requests/validation-single-000.parquet",
+        requests=TUNED,
         subjects=f"{OUT}/subjects/validation.parquet",
         models=models("prior", "image_encoder"),
         trained=lambda wildcards: training_of(wildcards.method, wildcards.trial),
     output:
-        f"{OUT}/tuning/{{method}}/{{trial}}/made/{{method}}/validation-single-000.parquet",
+        f"{OUT}/tuning/{{method}}/{{trial}}/made.parquet",
     log:
         f"{OUT}/logs/tuning/{{method}}-{{trial}}-generate.log",
     benchmark:
@@ -83,7 +86,7 @@ rule tune_generate:
 
 rule tune_score:
     input:
-        made=f"{OUT}/tuning/{{method}}/{{trial}}/made/{{method}}/validation-single-000.parquet",
+        made=f"{OUT}/tuning/{{method}}/{{trial}}/made.parquet",
         subjects=f"{OUT}/subjects/validation.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
     output:
@@ -110,9 +113,35 @@ rule tune_score:
         " --results {params.root} --samples-out {output.samples} --features-out {output.features} > {log} 2>&1"
 
 
+rule tune_kept:
+    input:
+        samples=f"{OUT}/tuning/{{method}}/{{trial}}/samples.parquet",
+        features=f"{OUT}/tuning/{{method}}/{{trial}}/features.parquet",
+    output:
+        f"{OUT}/tuning/{{method}}/{{trial}}/kept.parquet",
+    log:
+        f"{OUT}/logs/tuning/{{method}}-{{trial}}-kept.log",
+    benchmark:
+        f"{OUT}/benchmarks/tuning/{{method}}-{{trial}}-kept.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("compare-swaps"),
+        root=lambda wildcards: f"{OUT}/tuning/{wildcards.method}/{wildcards.trial}",
+    message:
+        "Tuning {wildcards.method}: context kept by the trial {wildcards.trial}"
+    shell:
+        "python -m moa compare-swaps --made {input.samples} --seen {input.features} --results {params.root}"
+        " --output {output} > {log} 2>&1"
+
+
 rule tuning_table:
     input:
-        [f"{OUT}/tuning/{method}/{trial}/samples.parquet" for method, trial in TRIALS],
+        samples=[f"{OUT}/tuning/{method}/{trial}/samples.parquet" for method, trial in TRIALS],
+        kept=[f"{OUT}/tuning/{method}/{trial}/kept.parquet" for method, trial in TRIALS],
     output:
         f"{OUT}/tables/tuning.csv",
     log:
@@ -121,9 +150,7 @@ rule tuning_table:
         "../../envs/models.yaml"
     params:
         code=code("tuning-table"),
-        trials=lambda wildcards, input: [
-            f"{method}/{trial}={file}" for (method, trial), file in zip(TRIALS, input)
-        ],
+        trials=[f"{method}/{trial}={OUT}/tuning/{method}/{trial}" for method, trial in TRIALS],
         changes=json.dumps(TUNING, sort_keys=True),
     message:
         "Tabulating the tuning grid"
