@@ -27,7 +27,7 @@ from moa.evaluation.prompt import ClipJudge
 from moa.files import write_atomically
 from moa.miniature import corpus, models
 from moa.miniature.annotation import caption_cases, overlaps
-from moa.miniature.captions import Wording, task_caption
+from moa.miniature.captions import Wording, caption, task_caption
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
 from moa.miniature.render import render
@@ -44,6 +44,7 @@ from moa.miniature.world import (
 
 Row = tuple[str, str, float, float | None, int]
 PROMPT = Wording(context=1.0, generic=0.0, prefix=0.0)
+LOOKS = Wording(context=1.0, generic=0.0, prefix=0.0, identity=1.0)  # and all of who it is
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,29 @@ def measure_prior(
     return rows, np.concatenate([images[:48], pair_images[:16]])
 
 
+def measure_likeness(
+    pipeline: Any, embedder: Embedder, finder: PersonFinder, settings: GatesConfig
+) -> list[Row]:
+    """IP of the prior when the prompt names all of a person's looks, and when it names none (0 if unseen).
+
+    How well it could draw people whom it knew: what personalization can reach without drawing better.
+    """
+    scenes = [
+        corpus.scene("validation", i, 79, pair_share=0.0, prop_share=0.0) for i in range(settings.generated)
+    ]
+    rng = np.random.default_rng(settings.seed)
+    photos = embedder.embed([_photo(scene.identities[0], rng) for scene in scenes])
+    rows: list[Row] = []
+    for name, wording in (("named", LOOKS), ("not named", PROMPT)):
+        texts = [caption(scene, rng, wording).text for scene in scenes]
+        pictures = [Image.fromarray(i) for i in draw(pipeline, texts, settings)]
+        boxes = [box(p.masks[0].astype(np.uint8), 0) if len(p.masks) else None for p in finder(pictures)]
+        drawn = embedder.embed([p.crop(b) if b else p for p, b in zip(pictures, boxes, strict=True)])
+        likeness = (photos * drawn).sum(1) * [b is not None for b in boxes]
+        rows.append(("prior", f"IP, looks {name}", float(likeness.mean()), None, len(scenes)))
+    return rows
+
+
 def sheet(images: NDArray[np.uint8], columns: int = 8, zoom: int = 2) -> Image.Image:
     """A contact sheet of equal pictures, white where the last row ends early."""
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
@@ -301,9 +325,8 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
         weights / "prior", dtype=torch.float32, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
-    rows = measure_identity(
-        "identity", AutoEmbedder(ModelSource(id=str(weights / "identity"))), settings.seed, True
-    )
+    embedder = AutoEmbedder(ModelSource(id=str(weights / "identity")))
+    rows = measure_identity("identity", embedder, settings.seed, True)
     rows += measure_identity("mean colours", ColorEmbedder(), settings.seed, False)
     rows += measure_segmenter(finder, data)
     rows += measure_captioner(
@@ -313,7 +336,7 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
     rows += measure_autoencoder(judge, pipeline, data)
     drawn, pictures = measure_prior(pipeline, judge, finder, settings)
     sheet(pictures).save(samples)
-    write(rows + drawn, output)
+    write(rows + drawn + measure_likeness(pipeline, embedder, finder, settings), output)
 
 
 def write(rows: Sequence[Row], output: Path) -> None:

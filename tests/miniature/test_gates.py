@@ -20,7 +20,15 @@ from moa.miniature.gates import PROMPT, GatesConfig
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES
 from moa.miniature.render import render
-from moa.miniature.world import ATTRIBUTES, CONTEXT_ATTRIBUTES, Scene, identities, labels
+from moa.miniature.world import (
+    ATTRIBUTES,
+    CONTEXT_ATTRIBUTES,
+    HAIR_COLORS,
+    SKINS,
+    Scene,
+    identities,
+    labels,
+)
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +348,23 @@ def test_prior_that_draws_what_is_named_or_nothing():
     nobody = Finder([empty], [np.zeros((64, 64), int)], 2)
     rows, _ = gates.measure_prior(Pipeline([empty] * 15), judge, nobody, SETTINGS)
     assert set(rows_of(rows).values()) == {0.0}
+
+
+def test_likeness_with_and_without_words_counts_the_unseen_as_unlike():
+    scenes = [corpus.scene("validation", i, 79, 0.0, 0.0) for i in range(10)]
+    rendered = [render(s) for s in scenes]
+    images, masks = [r.image for r in rendered], [r.mask for r in rendered]
+    masks[9] = np.zeros_like(masks[9])  # nobody is found in this picture
+    pipeline = Pipeline(images * 2)
+    same, half = np.eye(10), 0.5 * np.eye(10) + np.sqrt(0.75) * np.roll(np.eye(10), 1, axis=1)
+    rows = gates.measure_likeness(pipeline, Embedder(same, same, half), Finder(images, masks, 1), SETTINGS)
+    assert rows_of(rows) == pytest.approx({"IP, looks named": 0.9, "IP, looks not named": 0.45})
+    named, unnamed = pipeline.prompts[:10], pipeline.prompts[10:]
+    for scene, with_looks, without in zip(scenes, named, unnamed, strict=True):
+        looks = HAIR_COLORS[scene.identities[0].hair_color] + SKINS[scene.identities[0].skin]
+        assert any(word in with_looks for word in looks)
+        assert scene.identities[0].class_word in without
+        assert not any(word in without for word in SKINS[scene.identities[0].skin])
 
 
 def test_many_pictures_are_drawn_in_batches_with_a_seed_each():
