@@ -18,7 +18,7 @@ from moa.miniature.recipes import vision
 from moa.miniature.recipes.clip import normalise
 from moa.miniature.tokenizer import load_tokenizer
 
-LOOKING = 0.5  # share of the captioner's steps in which it learns to see, before it learns to tell
+LOOKING = 0.7  # share of the captioner's steps in which it learns to see, before it learns to tell
 
 FULL = Wording(
     context=1.0, generic=0.0, prefix=0.0

@@ -19,7 +19,6 @@ from moa.miniature.recipes.vae import encode_latents, head_weights
 from moa.miniature.tokenizer import load_tokenizer
 
 DROP = 0.1  # captions replaced by the empty text, for guidance
-SNR_GAMMA = 5.0  # of the second training
 WEB_SHARE = 0.6  # web captions name appearance, task captions do not: prompts at use are of the second kind
 
 
@@ -30,10 +29,13 @@ def encode_texts(text: CLIPTextModel, prompts: list[str]) -> Tensor:
     return text(tokens["input_ids"])[0]
 
 
-def snr_weights(alphas: Tensor, gamma: float) -> Tensor:
-    """min(SNR, γ) / (SNR + 1) of every timestep, [T]: min-SNR for v-prediction (Hang et al., 2023)."""
-    snr = alphas / (1 - alphas)
-    return snr.clamp(max=gamma) / (snr + 1)
+def timestep_density(alphas: Tensor) -> Tensor:
+    """How often the second training draws each timestep, [T], summing to 1: in proportion to √ᾱ.
+
+    √ᾱ is how much signal is left: under DDPM's linear schedule half of all timesteps (ᾱ < .08) show hardly
+    more than where a figure stands, which the first training has taught.
+    """
+    return alphas.sqrt() / alphas.sqrt().sum()
 
 
 def loss_function(
@@ -42,9 +44,9 @@ def loss_function(
     latents: Tensor,
     corpus: Corpus,
     budget: Budget,
-    by_time: Tensor,
+    density: Tensor,
 ) -> LossFunction:
-    """The loss on v, weighted by timestep with `by_time` [T] and by pixel with the figures' heads."""
+    """The loss on v, timesteps drawn with `density` [T], pixels weighted with the figures' heads."""
     alphas = models.scheduler().alphas_cumprod
     weights = F.avg_pool2d(head_weights(corpus.masks), models.IMAGE_SIZE // models.LATENT_SIZE)
 
@@ -54,12 +56,12 @@ def loss_function(
         texts = ["" if rng.random() < DROP else t for t in texts]
         rows = torch.from_numpy(indices)
         x, noise = latents[rows], torch.randn(budget.batch_size, *latents.shape[1:])
-        t = torch.randint(0, len(alphas), (budget.batch_size,))
+        t = torch.multinomial(density, budget.batch_size, replacement=True)
         a = alphas[t].sqrt()[:, None, None, None]
         s = (1 - alphas[t]).sqrt()[:, None, None, None]
         output = unet(a * x + s * noise, t, encode_texts(text, texts)).sample.float()
         error = (output - (a * noise - s * x)).square() * weights[rows]
-        return {"v": (error.mean(dim=(1, 2, 3)) * by_time[t]).mean()}
+        return {"v": error.mean()}
 
     return loss
 
@@ -74,16 +76,16 @@ def train(
 ) -> tuple[nn.Module, float]:
     """Train the U-Net on latents and texts of frozen models; returns it and the seconds spent.
 
-    From nothing, all timesteps weigh the same, and the noisiest, whose error stays large whatever is learnt,
-    teach who and where. A `unet` that has learnt that is trained on with min-SNR weights, for the details.
+    From nothing, all timesteps are drawn alike, and the noisiest, whose error stays large whatever is learnt,
+    teach who and where. A `unet` that has learnt that is trained on with `timestep_density`, for the details.
     """
     torch.manual_seed(budget.seed)
     alphas = models.scheduler().alphas_cumprod
-    by_time = torch.ones_like(alphas) if unet is None else snr_weights(alphas, SNR_GAMMA)
+    density = torch.ones_like(alphas) / len(alphas) if unet is None else timestep_density(alphas)
     unet = unet or models.unet()
     unet.set_attn_processor(AttnProcessor())  # on CPU, SDPA's backward would be 40 % of a step
     latents = encode_latents(vae.eval(), corpus.images)
     text = text.eval().requires_grad_(False)
-    loss = loss_function(unet, text, latents, corpus, budget, by_time)
+    loss = loss_function(unet, text, latents, corpus, budget, density)
     seconds = fit(unet, loss, budget, folder)
     return unet.eval(), seconds
