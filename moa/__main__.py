@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
-    parsers = {}
+    parsers: dict[str, argparse.ArgumentParser] = {}
     for name, stage in STAGES.items():
         names = [stage.alias] if stage.alias else []
         parsers |= dict.fromkeys(

@@ -92,7 +92,8 @@ def _make(
 
 def drawing() -> str:
     """Hash of the code that pictures follow from: the renderer with the world, and how scenes are chosen."""
-    return settings_hash([code_hash("moa.miniature.render"), *map(inspect.getsource, (scene, _chunk))])
+    sources = [inspect.getsource(function) for function in (scene, _chunk)]
+    return settings_hash([code_hash("moa.miniature.render"), *sources])
 
 
 def load(

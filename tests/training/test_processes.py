@@ -71,7 +71,7 @@ def launched(models, shards, subjects, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def forked(models, shards, subjects, tmp_path_factory):
-    """FastComposer on two processes, in two parts each; MoA, stopped after step 3, once left so and once started again."""
+    """FastComposer in two parts a process; MoA, stopped after step 3, left so or started again."""
     folder = tmp_path_factory.mktemp("forked")
     split = asdict(tiny.config(models, **UNEVEN, accumulation=2))
     common = {

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moa.data.subjects import read_subjects
 from moa.training import checkpoint, fastcomposer, loop, moa
 from moa.training.loop import Trainer
 from tests.training import tiny
@@ -239,3 +240,16 @@ def test_missing_weights_are_named(models, shards, subjects, tmp_path):
     config = tiny.config((tiny.ModelSource(str(tmp_path / "nowhere" / "prior")), models[1]))
     with pytest.raises(FileNotFoundError, match=r"nowhere/prior does not exist; check `models\.prior`"):
         moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_draws_and_writes(main, models, shards, subjects, tmp_path, monkeypatch):
+    config = tiny.config(models, steps=2, validate_every=2, validation_prompts=PROMPTS)
+    monkeypatch.setattr(loop.Accelerator, "is_main_process", property(lambda self: main))
+    shown = list(read_subjects(subjects).values())
+    trainer = loop.build(
+        config, moa.MoATrainee, shards, tmp_path / "run", loop.make_accelerator(config), shown
+    )
+    trainer.train()
+    made = {path.name for path in tmp_path.rglob("step-*")}
+    assert made == ({"step-000002.png", "step-00000002"} if main else set())
