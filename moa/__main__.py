@@ -66,12 +66,12 @@ def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
-    parsers: dict[str, argparse.ArgumentParser] = {}
-    for name, stage in STAGES.items():
-        names = [stage.alias] if stage.alias else []
-        parsers |= dict.fromkeys(
-            [name, *names], stages.add_parser(name, aliases=names, help=stage.help, add_help=False)
+    parsers = {
+        name: stages.add_parser(
+            name, aliases=[stage.alias] if stage.alias else [], help=stage.help, add_help=False
         )
+        for name, stage in STAGES.items()
+    }
     called = top.parse_known_args(arguments[:1])[0].stage
     name = next(name for name, stage in STAGES.items() if called in (name, stage.alias))
     function, kinds = _function(name)
