@@ -276,8 +276,8 @@ class Trainer:
         if not self.config.trackers:
             return
         settings = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(self.config).items()}
-        kept = {"tensorboard": {"purge_step": self.progress.step + 1}} if self.progress.step else {}
-        self.accelerator.init_trackers(self.trainee.name, settings, kept)
+        options = {"tensorboard": {"purge_step": self.progress.step + 1}}
+        self.accelerator.init_trackers(self.trainee.name, settings, options)
 
     def _track_grid(self, image: Image.Image) -> None:
         for tracker in self.accelerator.trackers:
