@@ -86,7 +86,7 @@ def make_accelerator(config: TrainConfig, logs: Path | None = None) -> Accelerat
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.precision,
-        log_with=list(config.trackers),
+        log_with=list(config.trackers) or None,
         project_dir=logs,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
