@@ -283,7 +283,7 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"validation": [np.asarray(image)]}, self.progress.step, **layout)
+                tracker.log_images({"validation": np.asarray(image)[None]}, self.progress.step, **layout)
 
     # --- Results ---
 
