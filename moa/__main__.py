@@ -67,9 +67,13 @@ def run(arguments: Sequence[str]) -> None:
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
     parsers = {
-        name: stages.add_parser(name, help=stage.help, add_help=False) for name, stage in STAGES.items()
+        name: stages.add_parser(
+            name, aliases=[stage.alias] if stage.alias else [], help=stage.help, add_help=False
+        )
+        for name, stage in STAGES.items()
     }
-    name = top.parse_known_args(arguments[:1])[0].stage
+    called = top.parse_known_args(arguments[:1])[0].stage
+    name = next(name for name, stage in STAGES.items() if called in (name, stage.alias))
     function, kinds = _function(name)
     parser = parsers[name]
     parser.add_argument("-h", "--help", action="help")

@@ -55,6 +55,7 @@ class Stage:
         default_factory=dict
     )  # setting: dotted key elsewhere in the configuration
     registers: tuple[str, ...] = ()  # modules that it uses without importing them by name
+    alias: str = ""  # another name on the command line
 
     @property
     def module(self) -> str:
@@ -86,7 +87,7 @@ STAGES: dict[str, Stage] = {
     ),
     "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
     "annotation": Stage("moa.miniature.annotation:run", "measure the annotators against the truth"),
-    "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR | DEVICE),
+    "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR | DEVICE, alias="train"),
     "train-fastcomposer": Stage(
         "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR | DEVICE
     ),

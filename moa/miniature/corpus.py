@@ -7,6 +7,7 @@ folder, because two cores need minutes for tens of thousands of pictures.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moa.files import write_atomically
-from moa.hashing import code_hash
+from moa.hashing import code_hash, settings_hash
 from moa.miniature.captions import Caption, task_caption, web_caption
 from moa.miniature.render import render
 from moa.miniature.world import Scene, Split, identities, labels, sample_scene
@@ -89,6 +90,12 @@ def _make(
     return np.concatenate(images), np.concatenate(masks), [s for part in scenes for s in part]
 
 
+def drawing() -> str:
+    """Hash of the code that pictures follow from: the renderer with the world, and how scenes are chosen."""
+    sources = [inspect.getsource(function) for function in (scene, _chunk)]
+    return settings_hash([code_hash("moa.miniature.render"), *sources])
+
+
 def load(
     split: Split,
     count: int,
@@ -98,7 +105,7 @@ def load(
     prop_share: float = PROP_SHARE,
 ) -> Corpus:
     """The corpus, from `cache` when it is there, else rendered and kept there (atomically)."""
-    name = f"{split}-{count}-{seed}-{pair_share:g}-{prop_share:g}-{code_hash('moa.miniature.render')}"
+    name = f"{split}-{count}-{seed}-{pair_share:g}-{prop_share:g}-{drawing()}"
     file = cache / f"{name}.npz"
     if not file.exists():
         images, masks, drawn = _make(split, count, seed, pair_share, prop_share)

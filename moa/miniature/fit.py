@@ -55,7 +55,7 @@ class Run:
         self.ema = EMAModel(parameters, decay=budget.ema) if budget.ema else None
         self.parameters, self.step, self.seconds = parameters, 0, 0.0
         self.sums: dict[str, float] = {}  # losses since the last row of the log
-        self.summed = 0  # steps they were summed over
+        self.counts: dict[str, int] = {}  # steps that each was summed over; a loss may join later
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -72,7 +72,7 @@ class Run:
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.sums, self.summed = state["sums"], state["summed"]
+        self.sums, self.counts = state["sums"], state["counts"]
 
     def save(self) -> None:
         state = {
@@ -82,7 +82,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "sums": self.sums,
-            "summed": self.summed,
+            "counts": self.counts,
         }
         write_atomically(self.file, lambda part: torch.save(state, part))
 
@@ -115,12 +115,12 @@ class Run:
         """Count a step's losses into the next row of the log."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-        self.summed += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def log(self, norm: float) -> dict[str, float]:
         """Append mean losses to log.csv, dropping rows that a killed run wrote past its checkpoint."""
-        means = {name: value / self.summed for name, value in self.sums.items()}
-        self.sums, self.summed = {}, 0
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
         row = {"step": self.step, **means, "grad_norm": norm, "seconds": round(self.seconds, 1)}
         file = self.folder / "log.csv"
         rows = list(csv.DictReader(file.open())) if file.exists() else []

@@ -187,9 +187,15 @@ def measure_segmenter(finder: PersonFinder, data: corpus.Corpus) -> list[Row]:
     ]
 
 
+STATED = ("people", "class", "prop", *CONTEXT_ATTRIBUTES)  # what a caption may be right about
+
+
 def measure_captioner(captioner: Captioner, data: corpus.Corpus) -> list[Row]:
-    """How often what the captioner says of an attribute is right."""
-    cases: dict[str, list[float]] = {}
+    """How often an attribute is named, and how often what is said of it is right.
+
+    What is never said has the row NaN with the count 0: its goal is missed.
+    """
+    cases: dict[str, list[float]] = {f"caption.{name}.right": [] for name in STATED}
     for i in range(0, len(data), 64):
         texts = captioner([Image.fromarray(x) for x in data.images[i : i + 64]])
         for text, scene in zip(texts, data.scenes[i : i + 64], strict=True):
@@ -198,7 +204,7 @@ def measure_captioner(captioner: Captioner, data: corpus.Corpus) -> list[Row]:
         (
             "captioner",
             name.removeprefix("caption."),
-            float(np.mean(v)),
+            float(np.mean(v)) if v else float("nan"),
             0.9 if name.endswith("right") else None,
             len(v),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,13 +45,23 @@ class PretrainConfig:
     threads: int = 2  # CPU threads; results depend on it in the last bits
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Trained parts that the prior's decoder and U-Net, and the subject encoder, stand on."""
+Parts = Mapping[str, Path]  # trained models that another one stands on, by name
+NEEDS: dict[str, tuple[str, ...]] = {
+    "decoder": ("vae",),
+    "unet": ("vae", "clip"),
+    "details": ("vae", "clip", "unet"),
+    "image_encoder": ("clip",),
+}
 
-    vae: Path | None = None
-    clip: Path | None = None
-    unet: Path | None = None
+
+def check_parts(model: str, parts: Parts) -> None:
+    """Raises ValueError naming the options that `model` lacks, FileNotFoundError a missing folder."""
+    missing = [f"--{name}" for name in NEEDS.get(model, ()) if name not in parts]
+    if missing:
+        raise ValueError(f"{model} needs {', '.join(missing)}: folders that `pretrain` made for those models")
+    for name, folder in parts.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--{name}: there is no folder {folder}; train it with `pretrain` first")
 
 
 def _clip(folder: Path) -> CLIPModel:
@@ -60,38 +70,28 @@ def _clip(folder: Path) -> CLIPModel:
 
 
 def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
-    if parts.vae is None or parts.clip is None:
-        raise ValueError("the U-Net needs --vae and --clip: folders that `pretrain` made for those models")
-    text = models.text_encoder(_clip(parts.clip))
-    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text)
+    text = models.text_encoder(_clip(parts["clip"]))
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text)
 
 
 def _train_details(
     budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
-    if parts.vae is None or parts.clip is None or parts.unet is None:
-        raise ValueError(
-            "the U-Net's details need --vae, --clip, --unet: folders that `pretrain` made for those models"
-        )
-    unet = UNet2DConditionModel.from_pretrained(parts.unet)
-    text = models.text_encoder(_clip(parts.clip))
-    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae), text, unet)
+    unet = UNet2DConditionModel.from_pretrained(parts["unet"])
+    text = models.text_encoder(_clip(parts["clip"]))
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text, unet)
 
 
 def _train_decoder(
     budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
-    if parts.vae is None:
-        raise ValueError("the decoder needs --vae: a folder that `pretrain` made for that model")
-    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts.vae))
+    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]))
 
 
 def _train_image_encoder(
     budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
-    if parts.clip is None:
-        raise ValueError("the subject encoder needs --clip: a folder that `pretrain` made for that model")
-    return clip.train_vision(budget, data, folder, _clip(parts.clip))
+    return clip.train_vision(budget, data, folder, _clip(parts["clip"]))
 
 
 RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Module, float]]] = {
@@ -138,8 +138,12 @@ def run(
     """Train one model and save it in half precision.
 
     `cache` keeps rendered scenes; `checkpoints` keeps the training's state, from which a killed run with the
-    same settings, data, code and parts goes on, until the model is saved.
+    same settings, data, code and parts goes on, until the model is saved. Parts that are missing are named
+    before any scene is rendered; see `check_parts`.
     """
+    given = {"vae": vae, "clip": clip, "unet": unet}
+    parts = {name: folder for name, folder in given.items() if folder is not None}
+    check_parts(model, parts)
     torch.set_num_threads(settings.threads)
     data = corpus.load("pretrain", settings.images, settings.corpus_seed, cache)
     torch.manual_seed(settings.budget.seed)
@@ -148,11 +152,11 @@ def run(
             "settings": asdict(settings),
             "data": data.sha256,
             "code": code_hash("moa.miniature.pretrain"),
-            "parts": [model_hash(part) for part in (vae, clip, unet) if part],
+            "parts": [model_hash(part) for part in parts.values()],
         }
     )
     state = checkpoints / f"{model}-{key}"
-    trained, seconds = RECIPES[model](settings.budget, data, state, Parts(vae, clip, unet))
+    trained, seconds = RECIPES[model](settings.budget, data, state, parts)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     models.save_half(trained, partial)

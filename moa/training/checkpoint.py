@@ -115,10 +115,41 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(step=state.pop("step"), state=state, **tensors)
 
 
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None when there is none."""
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint's folder, or None when there is none."""
     found = steps(folder)
-    return load(folder / f"step-{found[-1]:08d}") if found else None
+    return folder / f"step-{found[-1]:08d}" if found else None
+
+
+def find(folder: Path, resume: str) -> Path | None:
+    """The checkpoint that a run in `folder` begins with; None to begin anew.
+
+    resume: "latest", the newest in `folder`, if there is one; "none"; the name of one in `folder`; or the
+        path of a checkpoint, or of a folder of them, whose newest counts.
+
+    Raises FileNotFoundError if there is no such checkpoint.
+    """
+    if resume == "none":
+        return None
+    if resume == "latest":
+        return latest(folder)
+    for path in (folder / resume, Path(resume)):
+        if STEP_FOLDER.fullmatch(path.name) and path.is_dir():
+            return path
+        if newest := latest(path):
+            return newest
+    known = ", ".join(f"step-{step:08d}" for step in steps(folder)) or "none yet"
+    raise FileNotFoundError(
+        f"--resume {resume}: no such checkpoint; give `latest`, `none`, the path of a folder named step-… or "
+        f"of one that holds some, or the name of a checkpoint of this run ({known})"
+    )
+
+
+def rewind(folder: Path, step: int) -> None:
+    """Drop what a run left behind after a step: checkpoints, and validation grids."""
+    for path in (*folder.glob("step-*"), *folder.glob("grids/step-*.png")):
+        if int(path.stem.removeprefix("step-")) > step:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

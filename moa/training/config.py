@@ -61,6 +61,7 @@ class TrainConfig:
     validation_subjects: int = 4  # rows of the grid
     validation_prompts: tuple[str, ...] = ()  # its columns, such as "a {word} on the beach"
     validation_sampling: Sampling = field(default_factory=lambda: Sampling(steps=20))
+    trackers: tuple[str, ...] = ()  # Accelerate's, such as tensorboard, wandb: rows of log.csv and the grids
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation", "max_subjects", "log_every", "checkpoint_every",
@@ -97,4 +98,4 @@ class TrainConfig:
 
 
 # Settings that change how work is done, never what comes out; checkpoints are found again when they change.
-OPERATIONAL = frozenset({"workers", "checkpoint_every", "checkpoint_seconds", "checkpoints_kept"})
+OPERATIONAL = frozenset({"workers", "checkpoint_every", "checkpoint_seconds", "checkpoints_kept", "trackers"})

@@ -76,7 +76,13 @@ def run(
     subjects: Path,
     output: Path,
     checkpoints: Path | None = None,
+    resume: str = "latest",
+    keep_checkpoints: bool = False,
 ) -> None:
-    """Train FastComposer from shards of records; `subjects` (a parquet) are shown in the validation grids."""
+    """Train FastComposer from shards of records; `subjects` (a parquet) are shown in the validation grids.
+
+    A killed run goes on when it is started again; see `moa.training.loop.run` for the other options.
+    """
     shown = list(read_subjects(subjects).values())
-    loop.run(config, FastComposerTrainee, "fastcomposer", records, shown, output, checkpoints)
+    trainee = FastComposerTrainee
+    loop.run(config, trainee, "fastcomposer", records, shown, output, checkpoints, resume, keep_checkpoints)

@@ -17,9 +17,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +52,7 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
     sums: dict[str, float] = field(default_factory=dict)  # since the last row
     count: int = 0  # steps in `sums`
+    began_with: str = ""  # the checkpoint that `--resume` named; "" when the run stands on its config alone
 
 
 def run_key(config: TrainConfig, kind: str, records: Sequence[Path], code: str) -> str:
@@ -71,17 +75,31 @@ def _fingerprint(source: ModelSource) -> str:
     return model_hash(folder) if folder.exists() else f"{source.id}@{source.revision}"
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
+def make_accelerator(config: TrainConfig, logs: Path | None = None) -> Accelerator:
     """Accelerate's state for this process: device and mixed precision; accumulation is the loop's own.
 
-    Raises ValueError if the config's device is not there: Accelerate by itself would take another.
+    `logs` is the folder of trackers that write files. Raises ValueError if the config's device or a tracker
+    is not there: Accelerate by itself would take another device, and leave the tracker out.
     """
     check_device(config.device)
+    check_trackers(config.trackers)
     return Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.precision,
+        log_with=list(config.trackers) or None,
+        project_dir=logs,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that Accelerate does not know or that is not installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"trackers: unknown {name!r}; Accelerate has {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name in LoggerType.list() and name not in installed:
+            raise ValueError(f"trackers: {name} is not installed; run `pip install {name}`, or leave it out")
 
 
 class Trainer:
@@ -94,7 +112,10 @@ class Trainer:
         folder: Path,
         accelerator: Accelerator,
         grid: ValidationGrid | None,
+        resume: str = "latest",
     ) -> None:
+        """`resume`: what to begin with, as `checkpoint.find` has it."""
+        self.resumed = resume
         self.trainee, self.data, self.folder, self.accelerator = trainee, data, folder, accelerator
         self.config, self.grid = trainee.config, grid
         self.parameters = trainee.trained()
@@ -108,19 +129,49 @@ class Trainer:
     # --- Checkpoints ---
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
-        found = checkpoint.latest(self.folder)
-        if found is None:
+        """Go on from the checkpoint that was asked for, if there is one; see `checkpoint.find`.
+
+        What this run's folder holds of later steps goes, and all of it when the checkpoint is another run's.
+        """
+        found = checkpoint.find(self.folder, self.resumed)
+        own = found is not None and found.parent.resolve() == self.folder.resolve()
+        if found is not None:
+            self._restore(checkpoint.load(found))
+        if self.resumed == "latest":
             return
+        self.accelerator.wait_for_everyone()  # all have read
+        if self.accelerator.is_main_process:
+            checkpoint.rewind(self.folder, self.progress.step if own else -1)
+        if found is not None and not own:
+            self.progress.began_with = str(found)
+            self.save()
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Raises ValueError if the checkpoint has other parameters, or more steps than the config."""
+        self._check(found)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(found.weights[name])
         for name, value in self.average.items():
-            value.copy_(found.average[name])
+            value.copy_((found.average or found.weights)[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.progress = Progress(step=found.step, **found.state["progress"])
         if found.state.get("scaler") and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(found.state["scaler"])
+
+    def _check(self, found: Checkpoint) -> None:
+        shapes, own = ({n: v.shape for n, v in x.items()} for x in (found.weights, self.parameters))
+        if shapes != own:
+            name = min(n for n in shapes.keys() | own.keys() if shapes.get(n) != own.get(n))
+            raise ValueError(
+                f"--resume {self.resumed}: the checkpoint has other parameters ({name}: {shapes.get(name)} "
+                f"there, {own.get(name)} here); train with the models and settings that it was made with"
+            )
+        if found.step > self.config.steps:
+            raise ValueError(
+                f"--resume {self.resumed}: the checkpoint has {found.step} steps, the config's `steps` is "
+                f"{self.config.steps}; raise it"
+            )
 
     def save(self) -> None:
         """Write a checkpoint; on the main process only."""
@@ -147,6 +198,7 @@ class Trainer:
     def train(self) -> None:
         """Run until `config.steps`."""
         self.resume()
+        self._start_trackers()
         model, optimizer = self.accelerator.prepare(self.trainee, self.optimizer)
         first, config = self.progress.step, self.config
         parts = batches(self.data, first, self.accelerator.num_processes, self.accelerator.process_index)
@@ -205,6 +257,7 @@ class Trainer:
             means = {k: v / progress.count for k, v in progress.sums.items()}
             row = {"step": progress.step, "lr": config.learning_rate(progress.step - 1), **means}
             progress.rows.append(row | {"seconds": round(progress.seconds, 3)})
+            self.accelerator.log({k: v for k, v in progress.rows[-1].items() if k != "step"}, progress.step)
             progress.sums, progress.count = {}, 0
 
     def _milestones(self) -> None:
@@ -215,6 +268,22 @@ class Trainer:
         late = time.monotonic() - self.saved_at > config.checkpoint_seconds
         if late or step % config.checkpoint_every == 0 or step == config.steps:
             self.save()
+
+    # --- Trackers ---
+
+    def _start_trackers(self) -> None:
+        """Hand the trackers the settings; a resumed run takes back what TensorBoard has of later steps."""
+        if not self.config.trackers:
+            return
+        settings = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(self.config).items()}
+        options = {"tensorboard": {"purge_step": self.progress.step + 1}}
+        self.accelerator.init_trackers(self.trainee.name, settings, options)
+
+    def _track_grid(self, image: Image.Image) -> None:
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(image)[None]}, self.progress.step, **layout)
 
     # --- Results ---
 
@@ -236,6 +305,7 @@ class Trainer:
         with self.averaged():
             image = self.grid.draw(self.trainee.method(self.config.validation_sampling))
         write_atomically(path, lambda part: image.save(part, format="PNG"))
+        self._track_grid(image)
 
     def finish(self, output: Path) -> None:
         """Put weights, log, settings and grids into `output`, which appears at once; drop the checkpoints."""
@@ -252,6 +322,7 @@ class Trainer:
             "seconds": round(self.progress.seconds, 3),
             "peak_memory_bytes": max(self.progress.peak, peak_memory()),
             "processes": self.accelerator.num_processes,
+            "began_with": self.progress.began_with,
         }
         (part / "train.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
         for grid in sorted((self.folder / "grids").glob("step-*.png")):
@@ -281,6 +352,8 @@ def run(
     subjects: Sequence[Subject],
     output: Path,
     checkpoints: Path | None = None,
+    resume: str = "latest",
+    keep_checkpoints: bool = False,
 ) -> None:
     """Train from records to a folder of results.
 
@@ -292,23 +365,27 @@ def run(
         subjects: for the validation grid.
         output: folder to make; replaced when it is there.
         checkpoints: folder of checkpoint folders; by default `.checkpoints` beside `output`'s parent.
+        resume: `latest` goes on from the newest checkpoint of the same training, or begins it; `none` begins
+            anew; the path of a checkpoint goes on from that one, whatever settings it was made with.
+        keep_checkpoints: leave the last ones where they are, for another training to go on from.
 
     Raises:
         RuntimeError: another process trains the same.
         ValueError, FileNotFoundError: broken records, models or settings; the message says what to do.
     """
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config, output.with_name(f"{output.name}-trackers"))
     config.part_size(accelerator.num_processes)
     root = checkpoints or output.parent.parent / ".checkpoints"
     folder = root / f"{output.name}-{run_key(config, name, records, code_of(name))}"
     with checkpoint.locked(folder) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        trainer = build(config, trainee, records, folder, accelerator, subjects)
+        trainer = build(config, trainee, records, folder, accelerator, subjects, resume)
         trainer.train()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             trainer.finish(output)
-            shutil.rmtree(folder, ignore_errors=True)
+            if not keep_checkpoints:
+                shutil.rmtree(folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -320,6 +397,7 @@ def build(
     folder: Path,
     accelerator: Accelerator,
     subjects: Sequence[Subject],
+    resume: str = "latest",
 ) -> Trainer:
     """Everything of a run, ready to train."""
     with torch.random.fork_rng():
@@ -332,4 +410,4 @@ def build(
     if config.validate_every and config.validation_prompts and subjects and accelerator.is_main_process:
         grid = ValidationGrid(subjects[: config.validation_subjects], config.validation_prompts, config.seed)
         grid.prepare(Prior(trainee.prior.pipe, config.validation_sampling))
-    return Trainer(trainee, data, folder, accelerator, grid)
+    return Trainer(trainee, data, folder, accelerator, grid, resume)

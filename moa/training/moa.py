@@ -1,6 +1,6 @@
 """MoA as a trainee: Eq. 11 on the frozen prior.
 
-Entry point, called by `python -m moa train-moa`: `run`.
+Entry point, called by `python -m moa train`: `run`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,12 @@ def run(
     subjects: Path,
     output: Path,
     checkpoints: Path | None = None,
+    resume: str = "latest",
+    keep_checkpoints: bool = False,
 ) -> None:
-    """Train MoA from shards of records; `subjects` (a parquet) are shown in the validation grids."""
+    """Train MoA from shards of records; `subjects` (a parquet) are shown in the validation grids.
+
+    A killed run goes on when it is started again; see `moa.training.loop.run` for the other options.
+    """
     shown = list(read_subjects(subjects).values())
-    loop.run(config, MoATrainee, "moa", records, shown, output, checkpoints)
+    loop.run(config, MoATrainee, "moa", records, shown, output, checkpoints, resume, keep_checkpoints)

@@ -267,8 +267,19 @@ def test_captioner_that_says_all_one_thing_wrong_or_nothing(data):
     wrong = rows_of(gates.measure_captioner(moody, data))
     assert wrong.pop("expression.right") == 0.0
     assert set(wrong.values()) == {1.0}
-    silent = rows_of(gates.measure_captioner(lambda images: ["a tree"] * len(images), data))
-    assert silent["people.right"] == 0.0
+    silent = gates.measure_captioner(lambda images: ["a tree"] * len(images), data)
+    assert rows_of(silent)["people.right"] == 0.0
+
+
+def test_what_the_captioner_never_says_misses_its_goal(data, tmp_path):
+    """A gate must not vanish from the table with the last caption that names its attribute."""
+    silent = gates.measure_captioner(lambda images: ["a person"] * len(images), data)
+    gates.write(silent, tmp_path / "gates.csv")
+    with (tmp_path / "gates.csv").open() as file:
+        rows = {row["measure"]: row for row in csv.DictReader(file)}
+    for name in ("class", "prop", *CONTEXT_ATTRIBUTES):
+        row = rows[f"{name}.right"]
+        assert (row["value"], row["goal"], row["reached"], row["count"]) == ("nan", "0.9", "no", "0")
 
 
 class Clip:

@@ -1,16 +1,11 @@
-"""Training of the miniature's own models: exact resumes, loadable folders, labels that fit their pictures."""
+"""The miniature's own models: labels that fit their pictures, loadable folders, and what their cards tell."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -21,7 +16,6 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -42,6 +36,7 @@ from moa.miniature.recipes import vae as vae_recipe
 from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
 from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES
+from tests.miniature.trainings import copied, equal, log, weights
 
 LOADERS = {
     "vae": AutoencoderKL,
@@ -64,12 +59,6 @@ PIXELS = {  # what the processor beside a model makes of a picture
     "clip_judge": 64,
     "segmenter": 128,
     "captioner": 64,
-}
-NEEDS = {
-    "decoder": ("vae",),
-    "unet": ("vae", "clip"),
-    "details": ("vae", "clip", "unet"),
-    "image_encoder": ("clip",),
 }
 PRIOR = ("vae", "decoder", "clip", "unet", "details")
 CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
@@ -100,157 +89,11 @@ def trained(data, tmp_path_factory):
     def train(model):
         output = folder / model
         if not output.exists():
-            parts = {part: train(part) for part in NEEDS.get(model, ())}
+            parts = {part: train(part) for part in pretrain.NEEDS.get(model, ())}
             pretrain.run(small(model), model, output, cache(tmp_path_factory), folder / "runs", **parts)
         return output
 
     return train
-
-
-def weights(folder):
-    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
-
-
-def copied(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-# --- The loop ---------------------------------------------------------------------------------------------
-
-BUDGET = Budget(
-    steps=12, batch_size=6, lr=0.05, warmup=2, ema=0.9, log_every=5, checkpoint_seconds=0.0, seed=3
-)
-
-
-def regression(folder, stop=None, budget=BUDGET):
-    """Fit a small net with running statistics and its own noise; `stop` is the step that a kill comes in."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
-
-    def loss(step, rng):
-        if step == stop:
-            raise KeyboardInterrupt
-        x = torch.from_numpy(rng.normal(size=(budget.batch_size, 4))).float()
-        error = model(x + 0.1 * torch.randn_like(x)) - x.sum(1, keepdim=True)
-        return {"error": error.square().mean(), "bias": error.mean().abs()}
-
-    fit(model, loss, budget, folder)
-    return model
-
-
-def log(folder):
-    """The rows of log.csv but for the time they took."""
-    with (folder / "log.csv").open() as file:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_same_training(a, b):
-    assert log(a) == log(b)
-    one, other = checkpoint(a), checkpoint(b)
-    assert equal(one["model"], other["model"])
-    assert all(
-        torch.equal(x, y)
-        for x, y in zip(one["ema"]["shadow_params"], other["ema"]["shadow_params"], strict=True)
-    )
-
-
-def test_a_loss_may_join_later(tmp_path):
-    """As captions do, once the vision tower has learnt to see."""
-    model = torch.nn.Linear(2, 1)
-
-    def loss(step, rng):
-        losses = {"seen": model.weight.square().sum()}
-        return losses if step < 5 else losses | {"caption": model.bias.square().sum()}
-
-    fit(model, loss, replace(BUDGET, steps=10, bf16=False), tmp_path)
-    rows = log(tmp_path)
-    assert [row["step"] for row in rows] == ["5", "10"]
-    assert rows[0]["caption"] == "" and float(rows[1]["caption"]) >= 0
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, bf16):
-    budget = replace(BUDGET, bf16=bf16)
-    whole = regression(tmp_path / "whole", budget=budget)
-    for stop in (1, 7, 11):
-        with pytest.raises(KeyboardInterrupt):
-            regression(tmp_path / "killed", stop, budget)
-        assert checkpoint(tmp_path / "killed")["step"] == stop
-    resumed = regression(tmp_path / "killed", budget=budget)
-    assert_same_training(tmp_path / "whole", tmp_path / "killed")
-    assert equal(copied(whole), copied(resumed))
-    assert not equal(copied(whole), checkpoint(tmp_path / "whole")["model"])  # what is kept is the average
-
-
-def test_rows_past_the_last_checkpoint_are_written_anew(tmp_path):
-    regression(tmp_path / "whole")
-    killed, kept = tmp_path / "killed", tmp_path / "kept.pt"
-    for stop, copy in ((7, True), (11, False)):
-        with pytest.raises(KeyboardInterrupt):
-            regression(killed, stop)
-        if copy:
-            shutil.copy(killed / "checkpoint.pt", kept)
-    assert [row["step"] for row in log(killed)] == ["5", "10"]
-    shutil.copy(kept, killed / "checkpoint.pt")
-    regression(killed)
-    assert_same_training(tmp_path / "whole", killed)
-
-
-def test_checkpoints_are_no_more_frequent_than_asked(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        regression(tmp_path, 11, replace(BUDGET, checkpoint_seconds=3600.0))
-    assert not (tmp_path / "checkpoint.pt").exists()
-
-
-def test_every_step_counts_in_the_log(tmp_path):
-    rows = []
-    for every in (5, 1):
-        regression(tmp_path / str(every), budget=replace(BUDGET, log_every=every))
-        rows.append(log(tmp_path / str(every)))
-    assert [row["step"] for row in rows[0]] == ["5", "10", "12"]
-    single = [float(row["error"]) for row in rows[1]]
-    means = [np.mean(single[:5]), np.mean(single[5:10]), np.mean(single[10:])]
-    assert [float(row["error"]) for row in rows[0]] == pytest.approx(means)
-
-
-@pytest.mark.parametrize(
-    ("broken", "what"),
-    [
-        (lambda w: (w * float("nan")).sum(), "loss is nan"),
-        (lambda w: (w * 0).sqrt().sum(), "gradient is nan"),
-    ],
-)
-def test_what_is_not_finite_stops_the_training(tmp_path, broken, what):
-    """And does so before it reaches weights or checkpoint."""
-    model = torch.nn.Linear(2, 2)
-
-    def loss(step, rng):
-        return {"x": broken(model.weight) if step == 2 else model.weight.square().sum()}
-
-    with pytest.raises(FloatingPointError, match=rf"{what} at step 2: lower lr \(0\.05\)"):
-        fit(model, loss, BUDGET, tmp_path)
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert checkpoint(tmp_path)["step"] == 2
-
-
-def test_rate_warms_up_and_falls_to_nothing():
-    budget = Budget(steps=400, batch_size=1, lr=0.2, warmup=40)
-    rates = [budget.rate(step) for step in range(400)]
-    assert rates[0] == pytest.approx(0.2 / 40)
-    assert all(b > a for a, b in pairwise(rates[:39]))
-    assert all(b < a for a, b in pairwise(rates[40:]))
-    assert 0.97 * 0.2 < max(rates) <= 0.2
-    assert rates[200] == pytest.approx(0.1)
-    assert 0 < rates[-1] < 1e-4 * 0.2
-    assert Budget(steps=10, batch_size=1, lr=0.2, warmup=0).rate(0) == 0.2
 
 
 # --- The corpus -------------------------------------------------------------------------------------------
@@ -288,9 +131,14 @@ def test_other_arguments_and_other_code_are_other_corpora(data, tmp_path, monkey
         assert len(made) == n
     corpus.load("pretrain", 3, 0, tmp_path)
     assert len(made) == len(calls)
-    monkeypatch.setattr(corpus, "code_hash", lambda module: "another renderer")
-    corpus.load("pretrain", 3, 0, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "code_hash", lambda module: "another renderer")
+        corpus.load("pretrain", 3, 0, tmp_path)
     assert len(made) == len(calls) + 1
+    scene = corpus.scene
+    monkeypatch.setattr(corpus, "scene", lambda *arguments: scene(*arguments))  # another choice of scenes
+    corpus.load("pretrain", 3, 0, tmp_path)
+    assert len(made) == len(calls) + 2
     assert len(list(tmp_path.iterdir())) == len(made)  # and no half-written file
 
 
@@ -501,20 +349,27 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("model", "parts", "option"),
+    ("model", "parts", "options"),
     [
-        ("unet", {"clip": Path("x")}, "--vae"),
-        ("unet", {"vae": Path("x")}, "--clip"),
-        ("details", {"vae": Path("x"), "clip": Path("x")}, "--unet"),
-        ("decoder", {"clip": Path("x")}, "--vae"),
-        ("image_encoder", {"vae": Path("x")}, "--clip"),
+        ("unet", ["clip"], "unet needs --vae:"),
+        ("unet", ["vae"], "unet needs --clip:"),
+        ("details", ["clip"], "details needs --vae, --unet:"),
+        ("decoder", ["clip"], "decoder needs --vae:"),
+        ("image_encoder", ["vae"], "image_encoder needs --clip:"),
     ],
 )
-def test_missing_parts_are_named(data, tmp_path, tmp_path_factory, model, parts, option):
-    arguments = (small(model), model, tmp_path / "out", cache(tmp_path_factory), tmp_path / "runs")
-    with pytest.raises(ValueError, match=option):
-        pretrain.run(*arguments, **parts)
-    assert not (tmp_path / "out").exists()
+def test_missing_parts_are_named_before_anything_is_rendered(tmp_path, model, parts, options):
+    given = dict.fromkeys(parts, tmp_path)
+    with pytest.raises(ValueError, match=options):
+        pretrain.run(small(model), model, tmp_path / "out", tmp_path / "corpus", tmp_path / "runs", **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_is_not_there_is_named_before_anything_is_rendered(tmp_path):
+    arguments = (small("decoder"), "decoder", tmp_path / "out", tmp_path / "corpus", tmp_path / "runs")
+    with pytest.raises(FileNotFoundError, match=r"--vae: there is no folder .*nowhere"):
+        pretrain.run(*arguments, vae=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- What models share, and what they do not --------------------------------------------------------------
@@ -626,37 +481,3 @@ def test_a_missing_model_is_named(shipped, tmp_path):
         shutil.copytree(shipped / name, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"segmenter is missing: .*snakemake pretrain"):
         cards.run(tmp_path, shipped / "gates.csv")
-
-
-# --- The workflow's target --------------------------------------------------------------------------------
-
-
-def test_the_target_trains_every_model_before_what_needs_it(tmp_path):
-    """Also where no model is shipped yet."""
-    for name in ("Snakefile", "workflow", "config", "envs", "profiles", "moa", "notebooks", "tests"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "changes.yaml").write_text(yaml.safe_dump({"weights": "nowhere"}))
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "pretrain", "--configfile", "changes.yaml"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    plan = done.stdout + done.stderr
-    assert done.returncode == 0, plan
-
-    commands = re.findall(r"Shell command: (.+)", plan)
-
-    def place(start):
-        found = [i for i, command in enumerate(commands) if re.match(start, command)]
-        assert len(found) == 1, f"{start}: {found}"
-        return found[0]
-
-    train = {m: place(rf"python -m moa pretrain .*--model {m} ") for m in get_args(pretrain.Model)}
-    publish = {m: place(rf"cp -r \S*/parts/{m} \S*/weights/{m} ") for m in train if m not in PRIOR}
-    assemble, measured, cards_ = (place(rf"python -m moa {s} ") for s in ("assemble", "gates", "cards"))
-    for model, needed in NEEDS.items():
-        assert all(train[part] < train[model] for part in needed)
-    for model in train:
-        options = dict(re.findall(r"--(vae|clip|unet) (\S+)", commands[train[model]]))
-        assert options == {p: f"results/pretrain/parts/{p}" for p in NEEDS.get(model, ())}
-    assert all(train[model] < publish[model] < measured for model in publish)
-    assert max(train[part] for part in PRIOR) < assemble < measured < cards_
-    assert set(publish) | {"prior"} == set(cards.ABOUT)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moa.data.subjects import read_subjects
 from moa.training import checkpoint, fastcomposer, loop, moa
 from moa.training.loop import Trainer
 from tests.training import tiny
@@ -116,27 +117,18 @@ from tests.training import tiny
 from moa.methods import ModelSource
 torch.set_num_threads(1)
 a = sys.argv
-config = tiny.config((ModelSource(a[1]), ModelSource(a[2])), steps={steps}, batch_size=4, checkpoint_every=1,
-                     accumulation={accumulation})
+config = tiny.config((ModelSource(a[1]), ModelSource(a[2])), steps={steps}, batch_size=4, checkpoint_every=1)
 moa.run(config, [Path(p) for p in a[3:5]], Path(a[5]), Path(a[6]))
 """
 
 
-def start(models, shards, subjects, output, steps=4, accumulation=1, launcher=("-c",)):
+def start(models, shards, subjects, output, steps):
     """Train in a process group of its own."""
-    script = SCRIPT.format(steps=steps, accumulation=accumulation)
-    command = [sys.executable, *launcher]
-    if launcher == ("-c",):
-        command.append(script)
-    else:
-        path = output.parent / "script.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script)
-        command.append(str(path))
     arguments = [models[0].id, models[1].id, *map(str, shards), str(subjects), str(output)]
     root = str(Path(__file__).parents[2])
     return subprocess.Popen(
-        [*command, *arguments], start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SCRIPT.format(steps=steps), *arguments],
+        start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
 
@@ -159,19 +151,6 @@ def test_killed_training_goes_on(models, shards, subjects, tmp_path):
     finish(start(models, shards, subjects, tmp_path / "killed" / "moa", steps))
     finish(start(models, shards, subjects, tmp_path / "whole" / "moa", steps))
     assert_same(tmp_path / "killed" / "moa", tmp_path / "whole" / "moa")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(models, shards, subjects, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    one, two = tmp_path / "one" / "moa", tmp_path / "two" / "moa"
-    finish(start(models, shards, subjects, one))
-    finish(start(models, shards, subjects, two, launcher=launcher))
-    assert json.loads((two / "train.json").read_text())["processes"] == 2
-    for row, other in zip(log(one), log(two), strict=True):
-        assert {k: float(v) for k, v in row.items()} == pytest.approx(
-            {k: float(v) for k, v in other.items()}, rel=1e-4, abs=1e-7
-        )
 
 
 def rows_close(one: Path, other: Path) -> None:
@@ -261,3 +240,16 @@ def test_missing_weights_are_named(models, shards, subjects, tmp_path):
     config = tiny.config((tiny.ModelSource(str(tmp_path / "nowhere" / "prior")), models[1]))
     with pytest.raises(FileNotFoundError, match=r"nowhere/prior does not exist; check `models\.prior`"):
         moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_draws_and_writes(main, models, shards, subjects, tmp_path, monkeypatch):
+    config = tiny.config(models, steps=2, validate_every=2, validation_prompts=PROMPTS)
+    monkeypatch.setattr(loop.Accelerator, "is_main_process", property(lambda self: main))
+    shown = list(read_subjects(subjects).values())
+    trainer = loop.build(
+        config, moa.MoATrainee, shards, tmp_path / "run", loop.make_accelerator(config), shown
+    )
+    trainer.train()
+    made = {path.name for path in tmp_path.rglob("step-*")}
+    assert made == ({"step-000002.png", "step-00000002"} if main else set())

@@ -81,6 +81,16 @@ def test_missing_gpu_is_said_before_anything_runs(stage: str, monkeypatch: pytes
         )
 
 
+def test_train_is_short_for_train_moa(capsys: pytest.CaptureFixture[str]) -> None:
+    helps = []
+    for stage in ("train", "train-moa"):
+        with pytest.raises(SystemExit):
+            command_line.run([stage, "--help"])
+        helps.append(capsys.readouterr().out)
+    assert "Train MoA from shards of records" in helps[0] and "--resume RESUME" in helps[0]
+    assert helps[0] == helps[1]
+
+
 def test_several_values_and_repeated_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
