@@ -65,14 +65,14 @@ class MoAPipeline(StableDiffusionPipeline):
         prior, adapter, image_encoder: folders or hub ids, the last two also loaded models; they may be
             left out if `prior` is a whole MoAPipeline that `save_pretrained` wrote.
         feature_extractor: None reads it from the image encoder's folder.
-        kwargs: those of StableDiffusionPipeline.from_pretrained; `torch_dtype` holds for all parts.
+        kwargs: those of StableDiffusionPipeline.from_pretrained; `dtype` holds for all parts.
         """
-        dtype = kwargs.get("torch_dtype", torch.float32)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or torch.float32
         if isinstance(image_encoder, (str, Path)):
             feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(image_encoder)
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype)
         if isinstance(adapter, (str, Path)):
-            adapter = MoAAdapter.from_pretrained(adapter, torch_dtype=dtype)
+            adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
         kwargs |= {name: part for name, part in parts.items() if part is not None}
         return super().from_pretrained(prior, **kwargs)
