@@ -20,7 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from moa import MoAAdapter, MoAPipeline
 from moa.hashing import ROOT
-from tests.core.conftest import scramble
+from tests.core.conftest import plain_parts, scramble
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ PIPELINES = (
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-    """(what it needs, code) of each Python block; "gpu" and "hub" are said after the language."""
+    """(what it needs, code) of each Python block; "gpu", "hub" and "sd" are said after the language."""
     return re.findall(r"^```python ?(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
@@ -71,14 +71,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.set_stance("default")
 
 
-def test_the_page_on_the_pipeline_runs(workplace, quick):
+def on_stable_diffusion(names: dict, pipe: MoAPipeline) -> dict:
+    """The page's names where `pipe`, with Stable Diffusion's four latent channels, stands for its pipeline."""
+    conditioning = pipe.conditioner("a woman in a red hat", subjects=[names["photo"]], words=["woman"])
+    return names | {"models": plain_parts(pipe), "conditioning": conditioning}
+
+
+def test_the_page_on_the_pipeline_runs(workplace, quick, pipe):
     names: dict = {}
     ran = 0
     for needs, code in blocks((DOCS / "pipeline.md").read_text(encoding="utf-8")):
+        compiled = compile(code, "docs/pipeline.md", "exec")
         if needs == "hub" or (needs == "gpu" and not torch.cuda.is_available()):
-            compile(code, "docs/pipeline.md", "exec")
             continue
-        exec(compile(code, "docs/pipeline.md", "exec"), names)
+        exec(compiled, on_stable_diffusion(names, pipe) if needs == "sd" else names)
         ran += 1
     assert ran >= 14
     assert names["image"].size == (64, 64)

@@ -237,18 +237,19 @@ def test_repeated_blocks_compile_whole(pipe, photo, null_branch):
     torch._dynamo.reset()
 
 
-def test_the_subjects_wait_for_the_weights_of_an_offloaded_u_net(pipe, photo):
-    """Offloading brings weights inside U-Net's `forward`, after its hooks ran; Eq. 8 needs them before.
+def test_the_subjects_wait_for_the_weights_of_an_offloaded_u_net(unet, make_adapter, make_context, run):
+    """Offloading brings the weights inside the U-Net's `forward`; its hooks run before, and Eq. 8 is in one.
 
-    accelerate's own hook, with the weights on the meta device in between; on a GPU, `test_cpu_offload` is
-    the whole of it.
+    accelerate's own hook, the weights on the meta device in between; `test_cpu_offload` is the whole of it.
     """
-    call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
-    expected = pipe(PROMPT, **call, generator=seeded(0)).images
-    cpu = torch.device("cpu")
-    add_hook_to_module(pipe.unet, AlignDevicesHook(cpu, offload=True, place_submodules=True))
-    assert next(pipe.adapter.prompt.parameters()).is_meta
-    assert np.array_equal(pipe(PROMPT, **call, generator=seeded(0)).images, expected)
+    adapter = make_adapter(unet)
+    adapter.install(unet)
+    with torch.no_grad():
+        expected = run(unet, make_context())
+        add_hook_to_module(unet, AlignDevicesHook(torch.device("cpu"), offload=True, place_submodules=True))
+        assert next(adapter.prompt.parameters()).is_meta
+        assert torch.equal(run(unet, make_context()), expected)
+        assert next(adapter.prompt.parameters()).is_meta
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="model offload needs an accelerator")
@@ -265,6 +266,11 @@ def test_cpu_offload(pipe, photo):
     conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"])
     found = other(**conditioning, **QUICK, guidance_scale=5.0, latents=latents).images
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_sequential_offload_is_refused_with_the_cure(pipe):
+    with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
 
 
 # ── What is refused ───────────────────────────────────────────────────────────────────────────
@@ -316,6 +322,5 @@ def test_switches_that_replace_processors_are_refused_with_the_cure(pipe, photo,
         "fuse_qkv_projections": "unfuse_qkv_projections",
     }
     getattr(pipe, undo[switch])()
-    pipe.unet.set_default_attn_processor()
     pipe.adapter.install(pipe.unet)
     np.testing.assert_allclose(pipe(PROMPT, **call, generator=seeded(0)).images, expected, atol=1e-5)

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,16 @@ def test_it_loads_all_parts_in_the_precision_asked_for(pipe, one, image_processo
     loaded.set_progress_bar_config(disable=True)
     models = (loaded.unet, loaded.vae, loaded.text_encoder, loaded.image_encoder, loaded.adapter)
     assert {model.dtype for model in models} == {torch.bfloat16}
+    assert np.isfinite(loaded(**one).images).all()
+
+
+def test_weights_saved_in_half_precision_load_in_single(pipe, one, tmp_path):
+    """As the shipped ones are; the parts of one pipeline must not differ."""
+    pipe.text_encoder = deepcopy(pipe.text_encoder).half()
+    pipe.save_pretrained(tmp_path)
+    loaded = MoAPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.text_encoder.dtype == loaded.unet.dtype == torch.float32
     assert np.isfinite(loaded(**one).images).all()
 
 
