@@ -72,7 +72,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_stable_diffusion(names: dict, pipe: MoAPipeline) -> dict:
-    """The page's names where `pipe`, with Stable Diffusion's four latent channels, stands for its pipeline."""
+    """The page's names with `pipe`, whose latents have four channels, in the place of its pipeline."""
     conditioning = pipe.conditioner("a woman in a red hat", subjects=[names["photo"]], words=["woman"])
     return names | {"models": plain_parts(pipe), "conditioning": conditioning}
 
