@@ -11,11 +11,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from moa import MoAAdapter, MoAContext, Recorder
 from moa.adapter import installation
 from moa.attention import LayerInput
-from moa.layers import attention_layers, select_loss_layers
+from moa.layers import attention_layers, last_layers, select_loss_layers
 from moa.losses import object_loss, router_loss
 from tests.core.conftest import IMAGE_DIM, UNET
 
@@ -140,6 +141,20 @@ def test_on_sd15_it_has_the_size_of_the_method_note():
     assert len(adapter.loss_layers) == 2 * 11
     assert not [name for name in adapter.loss_layers if name.startswith(("down_blocks.0", "up_blocks.3"))]
     assert list(adapter.sizes)[-1] == "up_blocks.3.attentions.2.transformer_blocks.0.attn2"
+
+
+def test_two_layers_of_the_papers_image_encoder_have_25_million_parameters():
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=768,
+    )
+    with torch.device("meta"):
+        encoder = CLIPVisionModelWithProjection(config)  # openai/clip-vit-large-patch14
+    assert sum(p.numel() for p in last_layers(encoder, 2).values()) == 25_192_448
 
 
 def test_on_sd15_at_512_pixels_it_costs_one_more_attention_and_no_more():

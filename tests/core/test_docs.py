@@ -58,12 +58,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps a picture, no progress bars, and no waiting for a compiler: `test_extras` compiles."""
+    """Two steps a picture, no progress bars, and no waiting for a compiler: `test_extras` compiles."""
     for kind in PIPELINES:
 
         def call(self, *args, own=kind.__call__, **kwargs):
             self.set_progress_bar_config(disable=True)
-            return own(self, *args, **kwargs | {"num_inference_steps": 4})
+            return own(self, *args, **kwargs | {"num_inference_steps": 2})
 
         monkeypatch.setattr(kind, "__call__", call)
     torch.compiler.set_stance("force_eager")
