@@ -225,7 +225,7 @@ def test_half_precision(pipe, photo, dtype):
 
 
 def test_repeated_blocks_compile_whole(pipe, photo):
-    """fullgraph=True: a graph break is an error. Half of the rows are personalized; `test_adapter` has all."""
+    """fullgraph=True: a graph break is an error. Half of the rows are personalized."""
     call = {"subjects": [photo(1)], "subject_words": ["man"], "null_branch": "prior", **QUICK}
     expected = pipe(PROMPT, **call, generator=seeded(0)).images
     counter = CompileCounter()
