@@ -14,6 +14,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from huggingface_hub import file_exists
 from torch import Tensor, nn
 
 from moa.attention import (
@@ -269,10 +270,18 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         if not card.exists():
-            parameters = sum(parameter.numel() for parameter in self.parameters())
-            card.write_text(
-                CARD.format(**{**self.config, "layers": len(self.sizes), "parameters": parameters}), "utf-8"
-            )
+            card.write_text(self.model_card(), "utf-8")
+
+    def model_card(self) -> str:
+        """README.md of the adapter's folder."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return CARD.format(**{**self.config, "layers": len(self.sizes), "parameters": parameters})
+
+    def _upload_folder(self, working_dir: str | Path, repo_id: str, **kwargs: Any) -> Any:
+        """diffusers' upload, which has put an empty card over ours if the repository has none yet."""
+        if not file_exists(repo_id, "README.md", token=kwargs.get("token")):
+            (Path(working_dir) / "README.md").write_text(self.model_card(), "utf-8")
+        return super()._upload_folder(working_dir, repo_id, **kwargs)
 
 
 # ── The U-Net's side ───────────────────────────────────────────────────────────────────────────
@@ -314,6 +323,9 @@ class Installation:
         context = given.get("moa")
         if context is None:
             return args, kwargs
+        offload = getattr(unet, "_hf_hook", None)
+        if offload is not None:  # accelerate brings the weights inside `forward`; Eq. 8 needs them here
+            offload.pre_forward(unet)
         sample = args[0] if args else kwargs["sample"]
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         prepared = self.adapter.layer_input(context, sample, timestep)

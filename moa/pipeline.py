@@ -65,17 +65,29 @@ class MoAPipeline(StableDiffusionPipeline):
         prior, adapter, image_encoder: folders or hub ids, the last two also loaded models; they may be
             left out if `prior` is a whole MoAPipeline that `save_pretrained` wrote.
         feature_extractor: None reads it from the image encoder's folder.
-        kwargs: those of StableDiffusionPipeline.from_pretrained; `torch_dtype` holds for all parts.
+        kwargs: those of StableDiffusionPipeline.from_pretrained; `dtype` holds for all parts, and is
+            float32 if not given, whatever the files hold (transformers would take each file's own).
         """
-        dtype = kwargs.get("torch_dtype", torch.float32)
+        older = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or older or torch.float32
         if isinstance(image_encoder, (str, Path)):
             feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(image_encoder)
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype)
         if isinstance(adapter, (str, Path)):
-            adapter = MoAAdapter.from_pretrained(adapter, torch_dtype=dtype)
+            adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
         kwargs |= {name: part for name, part in parts.items() if part is not None}
-        return super().from_pretrained(prior, **kwargs)
+        return super().from_pretrained(prior, dtype=dtype, **kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: weights would be absent when Eq. 8 and the photos need them."""
+        raise NotImplementedError("MoA's weights move with its models: call enable_model_cpu_offload()")
+
+    def unload_ip_adapter(self) -> None:
+        """As diffusers does it, which also takes the image encoder for the IP-Adapter's; here it stays."""
+        kept = {"image_encoder": self.image_encoder, "feature_extractor": self.feature_extractor}
+        super().unload_ip_adapter()
+        self.register_modules(**kept)
 
     @property
     def conditioner(self) -> SubjectConditioner:

@@ -91,6 +91,12 @@ STAGES: dict[str, Stage] = {
     "train-fastcomposer": Stage(
         "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR | DEVICE
     ),
+    "import-fastcomposer": Stage(
+        "moa.convert:run_import", "read FastComposer's own checkpoint", "train.fastcomposer", PRIOR | DEVICE
+    ),
+    "export-fastcomposer": Stage(
+        "moa.convert:run_export", "write FastComposer's own checkpoint", "train.fastcomposer", PRIOR | DEVICE
+    ),
     "plan": Stage("moa.evaluation.plan:run", "write down what the protocol asks for"),
     "generate": Stage(
         "moa.generation:generate_one",

@@ -16,7 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from moa import MoAAdapter, MoAContext, SubjectConditioner
+from moa import MoAAdapter, MoAContext, MoAPipeline, SubjectConditioner
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 24, 20, 20
 
@@ -159,6 +159,17 @@ def base(vae, text_encoder, tokenizer, unet):
     return pipe
 
 
+def seeded(*seeds):
+    """One generator a seed, as a pipeline takes them."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def plain_parts(pipe):
+    """The models of a MoAPipeline that diffusers' own pipelines take."""
+    parts = {name: part for name, part in pipe.components.items() if name != "adapter"}
+    return parts | {"requires_safety_checker": False}
+
+
 def scramble(adapter, scale=0.1, seed=5):
     """As if trained: experts away from the prior, routers that prefer one or the other, random prompts."""
     generator = torch.Generator().manual_seed(seed)
@@ -180,6 +191,20 @@ def make_adapter():
         return scramble(adapter) if trained else adapter
 
     return make
+
+
+@pytest.fixture
+def pipe(base, unet, make_adapter, image_encoder, image_processor):
+    """`base`'s models with an adapter as if trained."""
+    parts = {name: part for name, part in base.components.items() if part is not None}
+    parts |= {
+        "image_encoder": image_encoder,
+        "feature_extractor": image_processor,
+        "adapter": make_adapter(unet),
+    }
+    pipe = MoAPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture

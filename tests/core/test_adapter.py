@@ -1,19 +1,22 @@
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+from huggingface_hub import RepoUrl
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from moa import MoAAdapter, MoAContext, Recorder
 from moa.adapter import installation
 from moa.attention import LayerInput
-from moa.layers import attention_layers, select_loss_layers
+from moa.layers import attention_layers, last_layers, select_loss_layers
 from moa.losses import object_loss, router_loss
 from tests.core.conftest import IMAGE_DIM, UNET
 
@@ -140,6 +143,20 @@ def test_on_sd15_it_has_the_size_of_the_method_note():
     assert list(adapter.sizes)[-1] == "up_blocks.3.attentions.2.transformer_blocks.0.attn2"
 
 
+def test_two_layers_of_the_papers_image_encoder_have_25_million_parameters():
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=768,
+    )
+    with torch.device("meta"):
+        encoder = CLIPVisionModelWithProjection(config)  # openai/clip-vit-large-patch14
+    assert sum(p.numel() for p in last_layers(encoder, 2).values()) == 25_192_448
+
+
 def test_on_sd15_at_512_pixels_it_costs_one_more_attention_and_no_more():
     """0.803 T operations a pass; two full experts in all attention layers make it 1.256 × that."""
     with torch.device("meta"):
@@ -191,6 +208,36 @@ def test_sizes_of_another_u_net_are_read_off_its_modules(make_adapter):
         for kwargs in (None, {"moa": context})
     ]
     assert (answers[0] - answers[1]).abs().max() > 1e-3
+
+
+def test_on_the_true_sdxl_configuration_the_sizes_are_those_of_its_modules():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    attentions = attention_layers(unet)
+    expected = sum(p.numel() for attn in attentions.values() for p in attn.parameters())
+    adapter = MoAAdapter.from_unet(unet, image_feature_dim=1280)
+    assert len(adapter.sizes) == 2 * 70
+    assert {(s.query_dim, s.condition_dim) for s in adapter.sizes.values() if s.cross} == {
+        (640, 2048),
+        (1280, 2048),
+    }
+    assert sum(p.numel() for name, p in adapter.named_parameters() if "expert" in name) == expected
+    assert not [name for name in adapter.loss_layers if name.startswith(("down_blocks.1", "up_blocks.1"))]
+    adapter.install(unet)
+    adapter.assert_installed(unet)
 
 
 def test_loss_layers_are_named_or_all_but_the_highest_resolution(unet):
@@ -347,7 +394,12 @@ def default(unet):
     unet.set_attn_processor(AttnProcessor2_0())
 
 
-@pytest.mark.parametrize("replace", [slicing, fused, default])
+def xformers(unet):
+    """What enable_xformers_memory_efficient_attention does where xformers is installed."""
+    unet.set_attn_processor(XFormersAttnProcessor())
+
+
+@pytest.mark.parametrize("replace", [slicing, fused, default, xformers])
 def test_a_replaced_processor_is_an_error_with_a_cure(unet, make_adapter, make_context, run, replace):
     adapter = make_adapter(unet)
     adapter.install(unet)
@@ -455,6 +507,27 @@ def test_a_model_card_that_is_there_stays(unet, make_adapter, tmp_path):
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_the_hub_gets_the_adapter_s_card_unless_it_has_one(unet, make_adapter, tmp_path, monkeypatch):
+    """diffusers' upload puts an empty card over the folder's. The hub itself is out of a test's reach."""
+    adapter, pushed = make_adapter(unet), {}
+
+    def upload_folder(folder_path, **kwargs):
+        pushed.update({file.name: file.read_bytes() for file in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda repo_id, **_: RepoUrl(repo_id))
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload_folder)
+    for there in (False, True):
+        monkeypatch.setattr("moa.adapter.file_exists", lambda *_, there=there, **__: there)
+        adapter.push_to_hub("you/adapter")
+        assert sorted(pushed) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors"]
+        assert (adapter.model_card().encode() == pushed["README.md"]) is not there
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(
+        pushed["diffusion_pytorch_model.safetensors"]
+    )
+    assert load_file(tmp_path / "diffusion_pytorch_model.safetensors").keys() == adapter.state_dict().keys()
+
+
 # ── Training ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -503,7 +576,9 @@ def test_gradient_checkpointing_changes_nothing(unet, make_adapter, make_context
     adapter = make_adapter(unet)
     adapter.install(unet)
     unet.train()
-    grads = []
+    grads, runs = [], []
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    block.register_forward_pre_hook(lambda *_: runs.append(1))
     for checkpointing in (False, True):
         if checkpointing:
             unet.enable_gradient_checkpointing()
@@ -511,6 +586,7 @@ def test_gradient_checkpointing_changes_nothing(unet, make_adapter, make_context
         loss = loss_of(unet, adapter, make_context(), inputs)
         loss.backward()
         grads.append((loss.detach(), [p.grad.clone() for p in adapter.parameters()]))
+    assert len(runs) == 1 + 2, "the second pass computes its layers again for the gradients"
     torch.testing.assert_close(grads[0][0], grads[1][0])
     for plain, checkpointed in zip(grads[0][1], grads[1][1], strict=True):
         torch.testing.assert_close(plain, checkpointed)

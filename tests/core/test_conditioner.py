@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_a_cut_prompt_is_said_aloud(prompts, caplog):
     with caplog.at_level(logging.WARNING):
         prompts.token_indices("man " + "a " * 30, [(0, 3)])
     assert f"cut after {TOKENS} of its 33 tokens" in caplog.text
+
+
+def test_the_77th_token_of_stable_diffusion_is_the_end(tokenizer, text_encoder):
+    """Index 76 is the end token's, so 75 is the last that a subject may have."""
+    words, config = copy.deepcopy(tokenizer), copy.deepcopy(text_encoder.config)
+    words.model_max_length = config.max_position_embeddings = 77
+    prompts = PromptEncoder(words, type(text_encoder)(config).eval())
+    assert prompts.encode_text(["a man"]).shape == (1, 77, TEXT_DIM)
+    longest = "a " * 74 + "man"
+    assert prompts.token_indices(longest, find_words(longest, ["man"])) == [75]
+    for more in (1, 30):
+        prompt = "a " * (74 + more) + "man"
+        with pytest.raises(ValueError, match=rf"'man' is token {75 + more} .*past the 77 .*shorten"):
+            prompts.token_indices(prompt, find_words(prompt, ["man"]))
+        with pytest.raises(ValueError, match="past the 77"):
+            prompts.explicit_tokens(prompt, [75 + more])
 
 
 @pytest.mark.parametrize(
@@ -252,6 +269,43 @@ def test_photos_are_encoded_whole_with_the_image_encoder(conditioner, image_enco
     square.paste(wide, (0, 15))
     pixels = image_processor(images=[square], return_tensors="pt").pixel_values
     torch.testing.assert_close(conditioner.encode_photos([wide]), image_encoder(pixels).image_embeds)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "I;16"])
+def test_a_photo_of_any_mode_is_the_same_subject(conditioner, photo, mode):
+    grey = photo().convert("L")
+    given = grey.convert("RGB").convert(mode) if mode != "I;16" else sixteen_bit(grey)
+    assert given.mode == mode
+    found, expected = conditioner.encode_photos([given, grey.convert("RGB")])
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+    assert (found - conditioner.encode_photos([photo(5)])[0]).abs().max() > 5e-2
+
+
+def sixteen_bit(grey):
+    return Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (Image.new("RGB", (1, 1)), "1 × 1 pixels; it needs at least 16"),
+        (np.full((20, 20, 3), np.nan, np.float32), "NaN or infinite pixels"),
+        (torch.full((3, 20, 20), float("nan")), "NaN or infinite pixels"),
+        (torch.zeros(1, 3, 20, 20), r"shape \(1, 3, 20, 20\)"),
+    ],
+)
+def test_a_photo_that_shows_nothing_is_an_error(conditioner, photo, broken, message):
+    """Also as the second of two, and in a batch."""
+    with pytest.raises(ValueError, match=message):
+        conditioner(PROMPT, subjects=[photo(), broken], words=["man", "woman"])
+    with pytest.raises(ValueError, match=message):
+        conditioner(["a man", "a man"], subjects=[[photo()], [broken]], words=[["man"], ["man"]])
+
+
+@pytest.mark.parametrize("broken", ["photo.png", None])
+def test_what_is_no_photo_is_a_type_error(conditioner, broken):
+    with pytest.raises(TypeError, match=f"not a {type(broken).__name__}"):
+        conditioner("a man", subjects=[broken], words=["man"])
 
 
 def test_features_of_many_subjects_go_where_they_belong(conditioner, photo):

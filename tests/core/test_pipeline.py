@@ -1,38 +1,16 @@
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    ControlNetModel,
-    DPMSolverMultistepScheduler,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 
 from moa import MoAPipeline, Recorder
+from tests.core.conftest import plain_parts, seeded
 
 PROMPT = "a man and a woman"
 QUICK = {"num_inference_steps": 3, "output_type": "np"}
-
-
-def seeded(*seeds):
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-@pytest.fixture
-def pipe(base, unet, make_adapter, image_encoder, image_processor):
-    """`base`'s models with an adapter as if trained."""
-    parts = {name: part for name, part in base.components.items() if part is not None}
-    parts |= {
-        "image_encoder": image_encoder,
-        "feature_extractor": image_processor,
-        "adapter": make_adapter(unet),
-    }
-    pipe = MoAPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
@@ -44,8 +22,7 @@ def one(photo):
 def test_the_prior_alone_gives_the_images_of_the_base_pipeline(pipe, unet, one, negative):
     fixed = pipe(**one, prior_only=True, negative_prompt=negative).images
     pipe.adapter.uninstall(unet)
-    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
-    base = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    base = StableDiffusionPipeline(**plain_parts(pipe))
     base.set_progress_bar_config(disable=True)
     plain = base(PROMPT, negative_prompt=negative, generator=seeded(0), guidance_scale=5.0, **QUICK).images
     np.testing.assert_allclose(fixed, plain, atol=1e-5)
@@ -142,63 +119,9 @@ def test_it_keeps_the_habits_of_diffusers(pipe, one):
     assert pipe(**one | {"output_type": "pil"}).images[0].size == (32, 32)
 
 
-@pytest.mark.parametrize("scheduler", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
-def test_other_samplers_run_and_repeat(pipe, one, scheduler):
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    images = [pipe(**one | {"generator": seeded(0)}).images for _ in range(2)]
-    assert np.isfinite(images[0]).all()
-    assert np.array_equal(*images)
-
-
-def test_other_pipelines_take_the_conditioner_s_output(pipe, photo):
-    """Img2img on the same U-Net; with the router fixed to the prior it is the plain pipeline."""
-    other = StableDiffusionImg2ImgPipeline(
-        **{k: v for k, v in pipe.components.items() if k != "adapter"}, requires_safety_checker=False
-    )
-    other.set_progress_bar_config(disable=True)
-    more = dict(
-        image=photo(9, size=(32, 32)), strength=0.9, guidance_scale=5.0, **QUICK | {"num_inference_steps": 4}
-    )
-
-    def images(**kwargs):
-        conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"], **kwargs)
-        return other(**conditioning, **more, generator=seeded(0)).images
-
-    fixed, personal = images(prior_only=True), images()
-    pipe.adapter.uninstall(pipe.unet)
-    plain = other(PROMPT, **more, generator=seeded(0)).images
-    np.testing.assert_allclose(fixed, plain, atol=1e-5)
-    assert np.abs(personal - plain).max() > 1e-3
-
-
-def test_it_works_with_a_controlnet(pipe, photo):
-    with pipe.adapter.removed(pipe.unet):
-        control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(4, 8))
-    for parameter in control.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
-    other = StableDiffusionControlNetPipeline(**parts, controlnet=control, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    more = dict(image=photo(9, size=(32, 32)), guidance_scale=5.0, **QUICK)
-
-    def images(scale=1.0, **kwargs):
-        conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"], **kwargs)
-        more["controlnet_conditioning_scale"] = scale
-        return other(**conditioning, **more, generator=seeded(0)).images
-
-    fixed, personal, uncontrolled = images(prior_only=True), images(), images(scale=0.0)
-    pipe.adapter.uninstall(pipe.unet)
-    more["controlnet_conditioning_scale"] = 1.0
-    plain = other(PROMPT, **more, generator=seeded(0)).images
-    np.testing.assert_allclose(fixed, plain, atol=1e-5)
-    assert np.abs(personal - plain).max() > 1e-3
-    assert np.abs(personal - uncontrolled).max() > 1e-3
-
-
 def test_a_wrong_count_of_images_is_said_by_the_u_net(pipe, photo):
     conditioning = pipe.conditioner(PROMPT, subjects=[photo(1)], words=["man"])
-    parts = {k: v for k, v in pipe.components.items() if k != "adapter"}
-    base = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    base = StableDiffusionPipeline(**plain_parts(pipe))
     base.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match=r"batch of 4.*num_images_per_prompt"):
         base(**conditioning, num_images_per_prompt=2, **QUICK)
@@ -227,6 +150,31 @@ def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, 
     )
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_it_loads_all_parts_in_the_precision_asked_for(pipe, one, image_processor, name, tmp_path):
+    pipe.adapter.save_pretrained(tmp_path / "adapter")
+    pipe.adapter.uninstall(pipe.unet)
+    StableDiffusionPipeline(**plain_parts(pipe)).save_pretrained(tmp_path / "prior")
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    image_processor.save_pretrained(tmp_path / "encoder")
+    parts = {"adapter": tmp_path / "adapter", "image_encoder": tmp_path / "encoder"}
+    loaded = MoAPipeline.from_pretrained(tmp_path / "prior", **parts, **{name: torch.bfloat16})
+    loaded.set_progress_bar_config(disable=True)
+    models = (loaded.unet, loaded.vae, loaded.text_encoder, loaded.image_encoder, loaded.adapter)
+    assert {model.dtype for model in models} == {torch.bfloat16}
+    assert np.isfinite(loaded(**one).images).all()
+
+
+def test_weights_saved_in_half_precision_load_in_single(pipe, one, tmp_path):
+    """As the shipped ones are; the parts of one pipeline must not differ."""
+    pipe.text_encoder = deepcopy(pipe.text_encoder).half()
+    pipe.save_pretrained(tmp_path)
+    loaded = MoAPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.text_encoder.dtype == loaded.unet.dtype == torch.float32
+    assert np.isfinite(loaded(**one).images).all()
 
 
 def test_the_whole_pipeline_is_saved_in_one_folder(pipe, one, tmp_path):
