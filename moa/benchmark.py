@@ -7,7 +7,7 @@ alike; the median over the turns is kept. Memory is that of a process that runs 
     guided step     both halves of classifier-free guidance, one sample each
     training step   forward, losses, backward, AdamW; text and image features come precomputed
 
-The floor is the plain pass and one more of its attention modules: what any dense mixture of two experts costs.
+The floor is the plain pass and one more of its attention modules: no dense mixture of two experts costs less.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class BenchmarkConfig:
     sizes: tuple[int, ...] = (256, 512)  # pixels, of the passes and guided steps
     repeats: int = 5  # turns
     training_size: int = 256  # pixels
-    training_repeats: int = 3  # turns; 0 leaves training out: FastComposer's step needs 16 GB of memory
+    training_repeats: int = 3  # turns; 0 leaves training out: FastComposer's step needs 20 GB of memory
     guided: bool = True  # whether guided steps are measured
 
     def __post_init__(self) -> None:
@@ -422,7 +422,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def compare(
     architecture: Mapping[str, Any], variants: Sequence[Variant], device: str, size: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of the table for variants of one kind. Memory first: a child's peak is never below its parent's."""
+    """Rows of the table for variants of one kind. Memory first: a child's peak begins at its parent's."""
     about = f"{device}, {size} pixels, {variants[0].kind}"
     peaks = [
         alone(peak, architecture, variant, device, size) for variant in tqdm(variants, f"memory: {about}")
