@@ -13,7 +13,6 @@ The floor is the plain pass and one more of its attention modules: no dense mixt
 from __future__ import annotations
 
 import csv
-import gc
 import math
 import statistics
 import time
@@ -21,15 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -42,6 +40,7 @@ from moa.layers import attention_layers, select_loss_layers
 from moa.losses import masked_loss, object_loss, router_loss
 from moa.machine import peak_memory, processor
 
+T = TypeVar("T")
 Run = Callable[[], Any]
 
 SD15: dict[str, Any] = {
@@ -161,17 +160,14 @@ class Bench:
         )
         return with_guidance(one, self.negative, null_branch) if guided else one
 
-    def forward(self, unet: UNet2DConditionModel, guided: bool = False, **conditions: Any) -> Run:
-        """One pass, or both halves of a guided step, without gradients."""
-        conditions.setdefault("encoder_hidden_states", self.text)
-        text = conditions.pop("encoder_hidden_states")
-        latents, timestep = self.latents, self.timestep
+    def forward(
+        self, unet: UNet2DConditionModel, guided: bool = False, text: Tensor | None = None, **conditions: Any
+    ) -> Run:
+        """One pass, or both halves of a guided step, without gradients; text: None takes the plain one."""
+        latents, timestep, text = self.latents, self.timestep, self.text if text is None else text
         if guided:
-            latents, timestep, text = (
-                latents.repeat(2, 1, 1, 1),
-                timestep.repeat(2),
-                torch.cat([self.negative, text]),
-            )
+            latents, timestep = torch.cat([latents] * 2), torch.cat([timestep] * 2)
+            text = torch.cat([self.negative, text])
         return torch.no_grad()(partial(unet, latents, timestep, text, **conditions))
 
 
@@ -219,10 +215,9 @@ def ip_adapter_weights(bench: Bench) -> dict[str, dict[str, Tensor]]:
     """Random weights in the layout of IP-Adapter's released file for SD1.5."""
     width = bench.architecture["cross_attention_dim"]
     layers = attention_layers(bench._empty_unet())
-    numbered = {
-        2 * n + 1: name
-        for n, name in enumerate(name for name in bench_order(layers) if layers[name].is_cross_attention)
-    }
+    cross = [name for name in layers if layers[name].is_cross_attention]
+    cross.sort(key=lambda name: name.startswith("mid_block"))  # the file counts down, up, middle
+    numbered = {2 * n + 1: name for n, name in enumerate(cross)}
     projection = {
         "proj.weight": bench.random(IP_TOKENS * width, IP_IMAGE_DIM),
         "proj.bias": bench.random(IP_TOKENS * width),
@@ -237,16 +232,11 @@ def ip_adapter_weights(bench: Bench) -> dict[str, dict[str, Tensor]]:
     return {"image_proj": projection, "ip_adapter": attention}
 
 
-def bench_order(layers: Mapping[str, Any]) -> list[str]:
-    """Names in diffusers' order, in which IP-Adapter's file counts: down, up, middle."""
-    return sorted(layers, key=lambda name: name.startswith("mid_block"))
-
-
 def fastcomposer(bench: Bench) -> Run:
     """FastComposer's fused text, made once an image, in a plain pass."""
     model = fastcomposer_model(bench, bench.unet()).requires_grad_(False)
     localize(model.unet, [], explicit=False)
-    return bench.forward(model.unet, encoder_hidden_states=fused_text(bench, model))
+    return bench.forward(model.unet, text=fused_text(bench, model))
 
 
 def fastcomposer_model(bench: Bench, unet: UNet2DConditionModel) -> FastComposer:
@@ -365,6 +355,7 @@ class Variant:
     build: Callable[[Bench], Run]
     half: bool = False  # weights in bfloat16, whatever the device
 
+    @property
     def reference(self) -> str:
         return "fastcomposer" if self.kind == "training step" else "plain"
 
@@ -422,32 +413,32 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def compare(
     architecture: Mapping[str, Any], variants: Sequence[Variant], device: str, size: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """Rows of the table for variants of one kind. Memory first: a child's peak begins at its parent's."""
+    """Rows of the table for variants of one kind."""
     about = f"{device}, {size} pixels, {variants[0].kind}"
     peaks = [
         alone(peak, architecture, variant, device, size) for variant in tqdm(variants, f"memory: {about}")
     ]
-    measured = times(architecture, variants, device, size, repeats)
-    base = measured[next(n for n, v in enumerate(variants) if v.name == v.reference())]
+    measured = alone(times, architecture, variants, device, size, repeats)
+    base = measured[next(n for n, v in enumerate(variants) if v.name == v.reference)]
     rows = []
-    for variant, memory, (seconds, cpu_seconds, flops) in zip(variants, peaks, measured, strict=True):
+    for variant, memory, one in zip(variants, peaks, measured, strict=True):
         rows.append(
             {
                 "device": device,
                 "resolution": size,
                 "kind": variant.kind,
                 "variant": variant.name,
-                "seconds": f"{seconds:.4g}",
-                "reference": variant.reference(),
-                "ratio": f"{seconds / base[0]:.3f}",
-                "cpu_seconds": f"{cpu_seconds:.4g}",
-                "cpu_ratio": f"{cpu_seconds / base[1]:.3f}",
-                "teraflops": f"{flops / 1e12:.4g}",
-                "flops_ratio": f"{flops / base[2]:.3f}",
+                "seconds": f"{one.seconds:.4g}",
+                "reference": variant.reference,
+                "ratio": f"{one.seconds / base.seconds:.3f}",
+                "cpu_seconds": f"{one.cpu_seconds:.4g}",
+                "cpu_ratio": f"{one.cpu_seconds / base.cpu_seconds:.3f}",
+                "teraflops": f"{one.flops / 1e12:.4g}",
+                "flops_ratio": f"{one.flops / base.flops:.3f}",
                 "peak_mb": round(memory / 1e6),
                 "repeats": repeats,
                 "precision": str(dtype_of(variant, device)).removeprefix("torch."),
-                "torch": version("torch"),
+                "torch": torch.__version__,
                 "processor": processor(device),
             }
         )
@@ -461,8 +452,11 @@ def dtype_of(variant: Variant, device: str) -> torch.dtype:
     return PRECISION[device]
 
 
-def alone(function: Callable[..., int], *arguments: Any) -> int:
-    """The function's answer, from a process of its own."""
+def alone(function: Callable[..., T], *arguments: Any) -> T:
+    """The function's answer, from a process of its own.
+
+    All measuring is done in such: Linux counts a parent's peak as its children's too, so it must stay small.
+    """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -475,22 +469,32 @@ def peak(architecture: Mapping[str, Any], variant: Variant, device: str, size: i
     return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
 
 
+@dataclass(frozen=True)
+class Times:
+    """One turn of a variant: medians, and what does not vary."""
+
+    seconds: float  # by the clock
+    cpu_seconds: float  # that the CPU's cores worked
+    flops: int
+
+
 def times(
     architecture: Mapping[str, Any], variants: Sequence[Variant], device: str, size: int, repeats: int
-) -> list[tuple[float, float, int]]:
-    """(seconds, seconds of the CPU's cores, operations) of each variant, which run in turns: medians."""
-    benches = {
-        dtype: Bench(architecture, device, size, dtype) for dtype in {dtype_of(v, device) for v in variants}
-    }
-    turns = [variant.build(benches[dtype_of(variant, device)]) for variant in variants]
+) -> list[Times]:
+    """Of each variant; they run in turns."""
+    dtypes = [dtype_of(variant, device) for variant in variants]
+    benches = {dtype: Bench(architecture, device, size, dtype) for dtype in dict.fromkeys(dtypes)}
+    turns = [variant.build(benches[dtype]) for variant, dtype in zip(variants, dtypes, strict=True)]
     flops = [operations(turn) for turn in turns]  # warms up, too
     taken: list[list[tuple[float, float]]] = [[] for _ in turns]
     for _ in tqdm(range(repeats), f"time: {device}, {size} pixels, {variants[0].kind}"):
-        for n, turn in enumerate(turns):
-            taken[n].append(clocked(turn, device))
-    gc.collect()
-    medians = [tuple(statistics.median(column) for column in zip(*pairs, strict=True)) for pairs in taken]
-    return [(seconds, cpu, count) for (seconds, cpu), count in zip(medians, flops, strict=True)]
+        for seconds, turn in zip(taken, turns, strict=True):
+            seconds.append(clocked(turn, device))
+    columns = [tuple(zip(*pairs, strict=True)) for pairs in taken]
+    return [
+        Times(statistics.median(clock), statistics.median(cpu), count)
+        for (clock, cpu), count in zip(columns, flops, strict=True)
+    ]
 
 
 def clocked(turn: Run, device: str) -> tuple[float, float]:
@@ -506,9 +510,11 @@ def clocked(turn: Run, device: str) -> tuple[float, float]:
 def operations(turn: Run) -> int:
     """Floating-point operations of matrix products and convolutions in one turn, a product and a sum each."""
     aten = torch.ops.aten
-    on_cpu = {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    on_cpu = {  # PyTorch's counter knows the attention of GPUs alone
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
     }
     with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         turn()

@@ -69,9 +69,7 @@ def test_guided_steps_have_the_plain_answer_where_the_prior_runs_alone(bench):
     steps = {name: answer(bench, variant) for name, variant in variants(GUIDED).items()}
     assert all(step.shape[0] == 2 for step in steps.values())
     plain = steps.pop("plain")
-    assert torch.equal(plain[1:], answer(bench, variants(PASSES)["plain"])) or torch.allclose(
-        plain[1:], answer(bench, variants(PASSES)["plain"]), atol=1e-5
-    )
+    torch.testing.assert_close(plain[1:], answer(bench, variants(PASSES)["plain"]), atol=1e-5, rtol=0)
     for name, step in steps.items():
         assert (step[1] - plain[1]).abs().max() > 1e-5, name
         torch.testing.assert_close(step[0], plain[0], atol=1e-5, rtol=0)  # new experts are the prior's copies
@@ -142,7 +140,6 @@ def test_a_comparison_gives_a_row_for_each_variant(monkeypatch, tmp_path):
         assert tuple(row) == benchmark.COLUMNS
         assert float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0
         assert int(row["peak_mb"]) > 100
-        assert row["torch"] == torch.__version__.split("+")[0] or row["torch"] == torch.__version__
         reference = next(r for r in table if (r["kind"], r["variant"]) == (row["kind"], row["reference"]))
         assert float(row["ratio"]) == pytest.approx(
             float(row["seconds"]) / float(reference["seconds"]), abs=2e-3
