@@ -130,7 +130,7 @@ class Bench:
 
     def _random_unet(self) -> UNet2DConditionModel:
         """In the wanted type from the start: what is converted needs memory that the variant does not."""
-        unet = self._empty_unet().to(self.dtype).to_empty(device=self.device)
+        unet = nn.Module.to(self._empty_unet(), self.dtype).to_empty(device=self.device)
         for module in unet.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
