@@ -30,6 +30,7 @@ include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
 include: "workflow/rules/tune.smk"
 include: "workflow/rules/pretrain.smk"
+include: "workflow/rules/benchmark.smk"
 
 
 rule all:

@@ -243,9 +243,10 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         """For this forward: which rows are personalized, and m_{t,l} of their subjects (Eq. 8).
 
         sample: [B, C, H, W], the U-Net's. timestep: a number or [B]. ValueError if the context's batch
-        differs.
+        differs, or sparse experts would be trained.
         """
         batch = check_layout(context, sample)
+        self._check_threshold(context.sparse_threshold)
         device = sample.device
         time = torch.as_tensor(timestep, device=device).expand(batch)
         fixed = context.prior_only.to(device) | (time >= context.personalize_below)
@@ -261,7 +262,17 @@ class MoAAdapter(ModelMixin, ConfigMixin):
             own = text.gather(1, token[..., None].expand(-1, -1, text.shape[-1]))
             prompts = self.prompt(take(context.features.to(device), rows), own, time)
             prompts = torch.where(present[..., None], prompts.to(text.dtype), own)
-        return LayerInput(text, prompts, token, present, rows, True, context.recorder)
+        return LayerInput(
+            text, prompts, token, present, rows, True, context.recorder, context.sparse_threshold
+        )
+
+    def _check_threshold(self, threshold: float) -> None:
+        check_sparse_threshold(threshold)
+        if threshold > 0 and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError(
+                f"sparse_threshold: {threshold} is for sampling, for pixels below it give no gradient: leave "
+                "it at 0 in training, or run under torch.no_grad()"
+            )
 
     # ── Saving ─────────────────────────────────────────────────────────────────────────────────
 
@@ -343,6 +354,13 @@ class CleanSave:
         assert previous is not None
         with previous.adapter.removed(self.unet):
             self.unet.save_pretrained(*args, **kwargs)
+
+
+def check_sparse_threshold(value: float) -> float:
+    """The value; ValueError unless it can be compared with a router weight."""
+    if not 0 <= value < 1:
+        raise ValueError(f"sparse_threshold: {value}; it is a weight of the router, 0 <= weight < 1")
+    return value
 
 
 def installation(unet: UNet2DConditionModel) -> Installation | None:

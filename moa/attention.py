@@ -17,6 +17,10 @@ to 1, Eq. 4 is computed as
 
 which is the base U-Net bit for bit wherever the experts agree or R_0 = 1.
 
+*Sparse experts*, ours, for sampling: the router is known before the attention, so where R_n ≤ τ the prior
+gets expert n's weight too, and the expert neither asks (W_q) nor answers (W_out). Keys and values stay whole;
+every expert has its own active pixels. τ = 0 is the dense form above.
+
 Shapes: B batch; A ≤ B rows that are personalized; P pixels; d channels of the layer; T tokens; D channels
 of the text; S subjects of a prompt (padded); F channels of an image feature; N experts; L cross-attention
 layers.
@@ -47,10 +51,10 @@ class Recorder:
 
     layers: qualified names of the attention layers to record; None records all.
     maps: whether attention maps are wanted too; they cost an explicit softmax in the cross-attention layers.
-    router: filled with {layer: R_0, the prior's weight, [B, P] in [0, 1]}.
+    router: filled with {layer: R_0, the prior's weight as it was used, [B, P] in [0, 1]}.
     attention: filled with {cross-attention layer: the softmax probabilities at each subject's token, mean
-        over heads and personalization experts, [B, S, P] in [0, 1]}; 0 for padding and rows fixed to the
-        prior.
+        over heads and personalization experts, [B, S, P] in [0, 1]}; 0 for padding, for rows fixed to the
+        prior, and for pixels that a sparse expert did not compute.
     """
 
     layers: Collection[str] | None = None
@@ -79,6 +83,7 @@ class MoAContext:
     present: [B, S] bool, False for padding.
     prior_only: [B] bool, rows whose router is fixed to the prior.
     personalize_below: at this timestep and above the router is fixed to the prior; 1000 never does.
+    sparse_threshold: τ in [0, 1) of sparse experts; 0 is dense, as training is.
     """
 
     text: Tensor
@@ -88,6 +93,7 @@ class MoAContext:
     prior_only: Tensor
     recorder: Recorder | None = None
     personalize_below: int = 1000
+    sparse_threshold: float = 0.0
 
 
 @dataclass
@@ -99,6 +105,7 @@ class LayerInput:
     token, present: [A, S]; the token of padding is 0.
     rows: [A] int64, which rows of the batch these are; None if all.
     active: False if every row is fixed to the prior; then nothing but the prior is computed.
+    threshold: τ of sparse experts; 0 is dense.
     """
 
     text: Tensor
@@ -108,6 +115,7 @@ class LayerInput:
     rows: Tensor | None
     active: bool
     recorder: Recorder | None
+    threshold: float = 0.0
 
 
 # ── Attention, experts, router ─────────────────────────────────────────────────────────────────
@@ -270,13 +278,17 @@ class MoAAttnProcessor(nn.Module):
         mask = None if mask is None else take(mask, moa.rows)
         condition = self.multimodal_text(moa) if cross else x
         wanted = cross and moa.recorder is not None and moa.recorder.maps and moa.recorder.wants(self.name)
-        weights = self.layer.router(x).softmax(-1)
-        z, maps = z0, []
+        weights = leave_to_prior(self.layer.router(x).softmax(-1), moa.threshold)
+        z, maps = z0.clone() if moa.threshold > 0 else z0, []
         for n, expert in enumerate(self.layer.experts, start=1):
             assert isinstance(expert, Expert)
-            explicit = wanted or self.explicit
-            zn, probabilities = run_expert(expert.projections, x, condition, heads, mask, explicit)
-            z = torch.addcmul(z, weights[..., n : n + 1].to(zn.dtype), zn - z0)
+            arguments = (expert.projections, x, condition, heads, mask, wanted or self.explicit)
+            weight = weights[..., n : n + 1].to(z0.dtype)
+            if moa.threshold > 0:
+                probabilities = add_sparse(z, z0, weight, *arguments)
+            else:
+                zn, probabilities = run_expert(*arguments)
+                z = torch.addcmul(z, weight, zn - z0)
             if wanted and probabilities is not None:
                 maps.append(subject_maps(probabilities, moa.token, moa.present))
         if moa.rows is not None:
@@ -304,6 +316,48 @@ def run_expert(
     query, key, value = to_query(hidden), to_key(condition), to_value(condition)
     mixed, probabilities = attend(query, key, value, heads, mask, explicit)
     return to_out(mixed), probabilities
+
+
+def leave_to_prior(weights: Tensor, threshold: float) -> Tensor:
+    """R [B, P, N] with the weights R_n ≤ τ, n ≥ 1, given to the prior; R itself for τ = 0."""
+    if threshold == 0:
+        return weights
+    kept = weights[..., 1:] * (weights[..., 1:] > threshold)
+    return torch.cat([1 - kept.sum(-1, keepdim=True), kept], -1)
+
+
+@torch.compiler.disable(
+    reason="sparse experts compute as many pixels as the router says: compile without fullgraph"
+)
+def add_sparse(
+    z: Tensor,
+    z0: Tensor,
+    weight: Tensor,
+    modules: Sequence[Callable[[Tensor], Tensor]],
+    hidden: Tensor,
+    condition: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    explicit: bool,
+) -> Tensor | None:
+    """Add R_n ⊙ (Z_n − Z_0) to z [B, P, d] in place; weight [B, P, 1] is R_n, 0 where nothing is computed.
+
+    Each sample runs by itself, so that it costs what it needs and does not depend on the others. Returns the
+    probabilities if explicit, [B, heads, P, T], 0 where not computed.
+    """
+    active = weight[..., 0] > 0
+    shape = (len(z), heads, z.shape[1], condition.shape[1])
+    probabilities = z.new_zeros(shape) if explicit else None
+    for row, pixels in enumerate(active.nonzero()[:, 1].split(active.sum(1).tolist())):
+        if len(pixels) == 0:
+            continue
+        bias = mask if mask is None else mask[row : row + 1].expand(-1, -1, shape[2], -1)[:, :, pixels]
+        x, text = hidden[row, pixels][None], condition[row : row + 1]
+        zn, seen = run_expert(modules, x, text, heads, bias, explicit)
+        z[row, pixels] += (weight[row, pixels] * (zn[0] - z0[row, pixels])).to(z.dtype)
+        if probabilities is not None and seen is not None:
+            probabilities[row, :, pixels] = seen[0].to(z.dtype)
+    return probabilities
 
 
 def attention_bias(attn: Attention, mask: Tensor | None, condition: Tensor) -> Tensor | None:

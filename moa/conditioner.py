@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moa.adapter import MoAAdapter
+from moa.adapter import MoAAdapter, check_sparse_threshold
 from moa.attention import MoAContext, Recorder
 from moa.photos import Photo, pad_to_square, to_rgb
 
@@ -147,6 +147,7 @@ class SubjectConditioner(PromptEncoder):
         adapter: MoAAdapter,
         null_branch: NullBranch = "expert",
         personalize_below: int = 1000,
+        sparse_threshold: float = 0.0,
     ):
         """tokenizer, text_encoder: the prior's.
 
@@ -156,6 +157,8 @@ class SubjectConditioner(PromptEncoder):
             the negative prompt without subject. "prior": the router fixed to the prior, so only the base
             U-Net.
         personalize_below: at this timestep and above the router is fixed to the prior; 1000 never does.
+        sparse_threshold: pixels to which the router gives a personalization expert no more than this are
+            left to the prior, and cost no expert; 0 leaves none.
         """
         super().__init__(tokenizer, text_encoder)
         self.image_encoder = image_encoder
@@ -163,6 +166,7 @@ class SubjectConditioner(PromptEncoder):
         self.adapter = adapter
         self.null_branch = check_null_branch(null_branch)
         self.personalize_below = personalize_below
+        self.sparse_threshold = check_sparse_threshold(sparse_threshold)
 
     def __call__(
         self,
@@ -295,6 +299,7 @@ class SubjectConditioner(PromptEncoder):
             present=present.repeat_interleave(repeats, 0),
             prior_only=fixed.repeat_interleave(repeats, 0),
             personalize_below=self.personalize_below,
+            sparse_threshold=self.sparse_threshold,
         )
 
 
@@ -309,6 +314,7 @@ def with_guidance(context: MoAContext, negative: Tensor, null_branch: NullBranch
         prior_only=torch.cat([fixed, context.prior_only]),
         recorder=context.recorder,
         personalize_below=context.personalize_below,
+        sparse_threshold=context.sparse_threshold,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 from importlib.metadata import version
+from pathlib import Path
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -23,6 +25,18 @@ def check_device(device: str) -> None:
                 "device: cuda, but PyTorch finds no GPU here: set `device: cpu`, or install a driver and a "
                 "PyTorch built for it"
             )
+
+
+def processor(device: str) -> str:
+    """What the GPU, or the CPU, calls itself."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory() -> int:

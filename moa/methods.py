@@ -74,6 +74,9 @@ class Sampling:
     batch_size: int = 8  # images a pass; with guidance, twice as many go through the U-Net
     null_branch: Literal["expert", "prior"] = "expert"  # MoA: who paints the unconditional half
     personalize_below: int = 1000  # MoA: router fixed to the prior at timesteps from here on; 1000 = never
+    sparse_threshold: float = (
+        0.0  # MoA: weight up to which a pixel is left to the prior, and costs less; 0 = none
+    )
     alpha: float = 0.5  # FastComposer: fraction of steps, at the end, that see the subject [FastComposer]
     precision: Literal["no", "fp16", "bf16"] = "no"  # "no" = 32-bit floats
 
@@ -84,6 +87,10 @@ class Sampling:
             )
         if self.steps < 1 or self.batch_size < 1:
             raise ValueError(f"steps ({self.steps}) and batch_size ({self.batch_size}) must be at least 1")
+        if not 0 <= self.sparse_threshold < 1:
+            raise ValueError(
+                f"sparse_threshold {self.sparse_threshold} is a router's weight: 0 <= weight < 1"
+            )
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha {self.alpha} is a fraction of the steps: 0..1")
 

@@ -112,6 +112,7 @@ class MoAPipeline(StableDiffusionPipeline):
         prior_only: bool | Sequence[bool] = False,
         null_branch: NullBranch = "expert",
         personalize_below: int = 1000,
+        sparse_threshold: float = 0.0,
         recorder: Recorder | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple:
@@ -119,13 +120,14 @@ class MoAPipeline(StableDiffusionPipeline):
 
         prompt, subjects, subject_words, subject_spans, subject_tokens: as SubjectConditioner takes them.
         prior_only: the base model's images for the same seed.
-        null_branch, personalize_below, recorder: see SubjectConditioner and Recorder.
+        null_branch, personalize_below, sparse_threshold, recorder: see SubjectConditioner and Recorder.
         kwargs: StableDiffusionPipeline's (height, width, generator, latents, output_type, return_dict,
             callback_on_step_end, …). A list of generators has one an image, those of a prompt side by side.
         """
         self.adapter.assert_installed(self.unet)
         conditioner = self.conditioner
         conditioner.personalize_below = personalize_below
+        conditioner.sparse_threshold = sparse_threshold
         conditioning = conditioner(
             prompt,
             subjects=subjects,

@@ -134,6 +134,9 @@ STAGES: dict[str, Stage] = {
         "moa.miniature.pretrain:run", "train one of the miniature's models", "pretrain.{model}"
     ),
     "assemble": Stage("moa.miniature.pretrain:assemble", "join the parts of the miniature's prior"),
+    "benchmark-unet": Stage(
+        "moa.benchmark:run", "measure time and memory of U-Net passes and training steps", "benchmark"
+    ),
     "schema": Stage("moa.schema:write", "write the JSON schema of the configuration"),
 }
 

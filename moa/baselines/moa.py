@@ -67,5 +67,6 @@ def make(config: MethodConfig) -> MoA:
         adapter,
         null_branch=config.sampling.null_branch,
         personalize_below=config.sampling.personalize_below,
+        sparse_threshold=config.sampling.sparse_threshold,
     )
     return MoA(pipe, conditioner, adapter, config.sampling)

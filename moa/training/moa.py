@@ -91,6 +91,7 @@ class MoATrainee(Trainee):
             sampling.null_branch,
             sampling.personalize_below,
         )
+        self.inputs.sparse_threshold = sampling.sparse_threshold
         return MoA(self.prior.pipe, self.inputs, self.adapter, sampling)
 
 

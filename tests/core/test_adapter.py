@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from moa import MoAAdapter, MoAContext, Recorder
 from moa.adapter import installation
 from moa.attention import LayerInput
+from moa.benchmark import SD15
 from moa.layers import attention_layers, last_layers, select_loss_layers
 from moa.losses import object_loss, router_loss
 from tests.core.conftest import IMAGE_DIM, UNET
@@ -126,7 +127,7 @@ def test_a_lora_on_the_attention_acts_on_the_prior_alone(unet, make_adapter, mak
 
 def test_on_sd15_it_has_the_size_of_the_method_note():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # diffusers' defaults are SD1.5's
+        unet = UNet2DConditionModel(**SD15)
     adapter = MoAAdapter.from_unet(unet, image_feature_dim=768)
     count = dict.fromkeys(("expert", "router", "prompt"), 0)
     for name, parameter in adapter.named_parameters():
@@ -160,7 +161,7 @@ def test_two_layers_of_the_papers_image_encoder_have_25_million_parameters():
 def test_on_sd15_at_512_pixels_it_costs_one_more_attention_and_no_more():
     """0.803 T operations a pass; two full experts in all attention layers make it 1.256 × that."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=768).eval()
+        unet = UNet2DConditionModel(**SD15).eval()
         latents, time, text = torch.empty(1, 4, 64, 64), torch.tensor(5), torch.empty(1, 77, 768)
         bound = torch.zeros(1, 1, dtype=torch.int64)
         given = LayerInput(text, torch.empty(16, 1, 1, 768), bound, bound.bool(), None, True, None)

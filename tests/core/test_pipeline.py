@@ -79,6 +79,17 @@ def test_below_and_above_the_cut(pipe, one):
     assert np.abs(runs[500] - runs[1000]).max() > 1e-3
 
 
+def test_sparse_experts_are_an_argument(pipe, one):
+    dense = pipe(**one | {"generator": seeded(0)}).images
+    sparse = [
+        pipe(**one | {"generator": seeded(0)}, sparse_threshold=threshold).images
+        for threshold in (0.0, 1e-9, 0.45)
+    ]
+    assert np.array_equal(sparse[0], dense)
+    assert np.abs(sparse[2] - dense).max() > 0
+    assert np.abs(sparse[1] - dense).max() < 1e-4
+
+
 def test_the_null_branches_differ_and_neither_needs_guidance(pipe, one):
     kinds = [pipe(**one | {"generator": seeded(0)}, null_branch=kind).images for kind in ("expert", "prior")]
     assert np.abs(kinds[0] - kinds[1]).max() > 1e-4

@@ -130,6 +130,8 @@ def test_moa_options_reach_the_sampler(config):
     fixed = pixels(make(config, "moa", personalize_below=0).generate(REQUESTS[:1]))
     prior = pixels(make(config, "prior").generate(REQUESTS[:1]))
     null = pixels(make(config, "moa", null_branch="prior").generate(REQUESTS[:1]))
+    sparse = pixels(make(config, "moa", sparse_threshold=0.999).generate(REQUESTS[:1]))
+    assert np.abs(sparse - prior).max() <= 1
     assert np.abs(fixed - prior).max() <= 1
     assert np.abs(plain - prior).max() > 1
     assert np.abs(null - plain).max() > 0

@@ -35,6 +35,16 @@ def test_dry_run(snakemake: Run, weights: Path, preset: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "train_moa" in done.stdout + done.stderr or "train" in done.stdout + done.stderr
     assert ("render" in done.stdout + done.stderr) == (preset == "miniature")
+    assert "results/benchmark" not in done.stdout + done.stderr
+
+
+def test_the_benchmark_runs_alone_when_asked_for(snakemake: Run) -> None:
+    done = snakemake("benchmark", "--dry-run", "--printshellcmds", config={"weights": "nowhere"})
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "results/benchmark/unet.csv" in said
+    assert "python -m moa benchmark-unet --config" in said
+    assert [rule for rule in ("render", "train", "generate") if f"rule {rule}:" in said] == []
 
 
 def test_wrong_key_stops_before_anything_runs(snakemake: Run) -> None:
