@@ -86,8 +86,10 @@ class MoAPipeline(StableDiffusionPipeline):
     def unload_ip_adapter(self) -> None:
         """As diffusers does it, which also takes the image encoder for the IP-Adapter's; here it stays."""
         kept = {"image_encoder": self.image_encoder, "feature_extractor": self.feature_extractor}
-        super().unload_ip_adapter()
-        self.register_modules(**kept)
+        try:
+            super().unload_ip_adapter()
+        finally:  # also where MoA, still installed, refuses
+            self.register_modules(**kept)
 
     @property
     def conditioner(self) -> SubjectConditioner:

@@ -138,7 +138,7 @@ class FastComposer(nn.Module):
         """Read what `save_pretrained` wrote. Raises FileNotFoundError or ValueError naming the file."""
         path = folder / WEIGHTS
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: train again with `python -m moa train fastcomposer`")
+            raise FileNotFoundError(f"{path} is missing: train again with `python -m moa train-fastcomposer`")
         try:
             tensors = load_file(path)
         except SafetensorError as error:

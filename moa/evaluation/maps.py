@@ -95,7 +95,7 @@ def load_maps(path: str | Path) -> SavedMaps:
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
 
-    An image counts with its mean over layers and timesteps; images without anybody, or with nothing but
+    An image counts with its mean over layers and recorded timesteps; images without anybody, or with nothing but
     subjects, are left out and counted.
     """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
@@ -130,7 +130,11 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
         "prior_weight_low",
         "prior_weight_high",
     )
-    return Table(columns, table, ("L: the layers of the losses. Conditional half, all timesteps.",))
+    return Table(
+        columns,
+        table,
+        ("L: the layers of the losses. Conditional half, all timesteps at which the router decides.",),
+    )
 
 
 def tabulate(rows: str | Path, output: str | Path) -> None:

@@ -78,16 +78,20 @@ class MoARecorder:
         self.moa = moa
 
     def record(self, requests: Sequence[Request]) -> Recording:
-        """Generate a batch and keep the router's weights of its conditional half."""
+        """Generate a batch and keep the router's weights of its conditional half, where the router decides.
+
+        Steps that `personalize_below` leaves to the prior are not recorded. ValueError if that is all.
+        """
         pipe, sampling = self.moa.pipe, self.moa.sampling
         recorder = Recorder(maps=False)
         timesteps: list[int] = []
         steps: dict[str, list[torch.Tensor]] = {}
 
         def keep(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            timesteps.append(int(timestep))
-            for layer, weights in recorder.router.items():
-                steps.setdefault(layer, []).append(weights[-len(requests) :].float().cpu())
+            if int(timestep) < self.moa.conditioner.personalize_below:
+                timesteps.append(int(timestep))
+                for layer, weights in recorder.router.items():
+                    steps.setdefault(layer, []).append(weights[-len(requests) :].float().cpu())
             recorder.clear()
             return {}
 
@@ -100,6 +104,11 @@ class MoARecorder:
             recorder=recorder,
         )
         images = run(pipe, sampling, requests, **conditioning, callback_on_step_end=keep)
+        if not timesteps:
+            raise ValueError(
+                f"no step lies below personalize_below ({self.moa.conditioner.personalize_below}), so the router "
+                "never decides: raise it, or take more steps"
+            )
         shape = pipe.unet.config.sample_size
         order = [layer for layer in self.moa.adapter.sizes if layer in steps]
         maps = {layer: square(torch.stack(steps[layer], 1).numpy(), shape) for layer in order}

@@ -299,6 +299,8 @@ def test_an_ip_adapter_is_refused_until_moa_is_out(pipe, photo, tmp_path):
     expected = pipe(PROMPT, **call, generator=seeded(0)).images
     with pytest.raises(TypeError, match=r"IP-Adapter.*adapter\.uninstall"):
         pipe.load_ip_adapter(str(tmp_path), **where)
+    with pytest.raises(TypeError, match=r"IP-Adapter.*adapter\.uninstall"):
+        pipe.unload_ip_adapter()
     assert np.array_equal(pipe(PROMPT, **call, generator=seeded(0)).images, expected)
     pipe.adapter.uninstall(pipe.unet)
     pipe.load_ip_adapter(str(tmp_path), **where)

@@ -61,6 +61,20 @@ def test_conditional_half_is_recorded_at_every_step(requests, null_branch):
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(made.images, plain, strict=True))
 
 
+def test_only_steps_at_which_the_router_decides_are_recorded(requests):
+    moa = make_moa("expert")
+    early, late = router.MoARecorder(moa).record(requests).timesteps
+    moa.conditioner.personalize_below = early
+    made = router.MoARecorder(moa).record(requests)
+    assert made.timesteps == [late]
+    for weights in made.maps.values():
+        assert weights.shape[1] == 1
+        assert weights.max() < 0.9  # the step that is fixed to the prior would show 1
+    moa.conditioner.personalize_below = late
+    with pytest.raises(ValueError, match=f"personalize_below .{late}.*raise it"):
+        router.MoARecorder(moa).record(requests)
+
+
 def test_pixels_become_maps_with_the_latents_proportions():
     weights = np.arange(2 * 8, dtype=np.float32).reshape(2, 8)
     assert router.square(weights, [16, 32]).shape == (2, 2, 4)
