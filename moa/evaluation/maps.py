@@ -95,8 +95,8 @@ def load_maps(path: str | Path) -> SavedMaps:
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
 
-    An image counts with its mean over layers and recorded timesteps; images without anybody, or with nothing but
-    subjects, are left out and counted.
+    An image counts with its mean over layers and recorded timesteps; images without anybody, or with
+    nothing but subjects, are left out and counted.
     """
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     parts = [("L", [row for row in rows if row["in_losses"]])]
@@ -130,11 +130,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
         "prior_weight_low",
         "prior_weight_high",
     )
-    return Table(
-        columns,
-        table,
-        ("L: the layers of the losses. Conditional half, all timesteps at which the router decides.",),
-    )
+    note = "L: the layers of the losses. Conditional half, all timesteps at which the router decides."
+    return Table(columns, table, (note,))
 
 
 def tabulate(rows: str | Path, output: str | Path) -> None:

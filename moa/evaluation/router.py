@@ -105,9 +105,10 @@ class MoARecorder:
         )
         images = run(pipe, sampling, requests, **conditioning, callback_on_step_end=keep)
         if not timesteps:
+            limit = self.moa.conditioner.personalize_below
             raise ValueError(
-                f"no step lies below personalize_below ({self.moa.conditioner.personalize_below}), so the router "
-                "never decides: raise it, or take more steps"
+                f"no step lies below personalize_below ({limit}): the router never decides; raise it, or "
+                "take more steps"
             )
         shape = pipe.unet.config.sample_size
         order = [layer for layer in self.moa.adapter.sizes if layer in steps]
