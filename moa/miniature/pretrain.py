@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,7 @@ Model = Literal[
     "clip",
     "unet",
     "details",
+    "finish",
     "image_encoder",
     "identity",
     "attributes",
@@ -50,6 +52,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "decoder": ("vae",),
     "unet": ("vae", "clip"),
     "details": ("vae", "clip", "unet"),
+    "finish": ("vae", "clip", "details"),
     "image_encoder": ("clip",),
 }
 
@@ -74,10 +77,11 @@ def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts)
     return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text)
 
 
-def _train_details(
-    budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+def _train_on(
+    start: str, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
-    unet = UNet2DConditionModel.from_pretrained(parts["unet"])
+    """Train the U-Net `start` on, for the details."""
+    unet = UNet2DConditionModel.from_pretrained(parts[start])
     text = models.text_encoder(_clip(parts["clip"]))
     return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text, unet)
 
@@ -99,7 +103,8 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
     "decoder": _train_decoder,
     "unet": _train_unet,
-    "details": _train_details,
+    "details": partial(_train_on, "unet"),
+    "finish": partial(_train_on, "details"),
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
@@ -134,6 +139,7 @@ def run(
     vae: Path | None = None,
     clip: Path | None = None,
     unet: Path | None = None,
+    details: Path | None = None,
 ) -> None:
     """Train one model and save it in half precision.
 
@@ -141,7 +147,7 @@ def run(
     same settings, data, code and parts goes on, until the model is saved. Parts that are missing are named
     before any scene is rendered; see `check_parts`.
     """
-    given = {"vae": vae, "clip": clip, "unet": unet}
+    given = {"vae": vae, "clip": clip, "unet": unet, "details": details}
     parts = {name: folder for name, folder in given.items() if folder is not None}
     check_parts(model, parts)
     torch.set_num_threads(settings.threads)
@@ -157,11 +163,11 @@ def run(
     )
     state = checkpoints / f"{model}-{key}"
     trained, seconds = RECIPES[model](settings.budget, data, state, parts)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    models.save_half(trained, partial)
-    save_processor(model, partial)
-    shutil.copy(state / "log.csv", partial / "log.csv")
+    unfinished = output.with_name(output.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    models.save_half(trained, unfinished)
+    save_processor(model, unfinished)
+    shutil.copy(state / "log.csv", unfinished / "log.csv")
     recipe = {
         "model": model,
         "parameters": sum(p.numel() for p in trained.parameters()),
@@ -171,20 +177,29 @@ def run(
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
     }
-    (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    (unfinished / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    unfinished.rename(output)
     shutil.rmtree(state)
 
 
-def assemble(vae: Path, decoder: Path, clip: Path, unet: Path, details: Path, prior: Path) -> None:
+def assemble(
+    vae: Path, decoder: Path, clip: Path, unet: Path, details: Path, finish: Path, prior: Path
+) -> None:
     """Join trained parts into the prior in diffusers' folder layout."""
     text = models.text_encoder(_clip(clip))
     pipeline = models.assemble_prior(
-        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(details), text
+        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(finish), text
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
-    sources = {"vae": vae, "decoder": decoder, "clip": clip, "unet": unet, "details": details}
+    sources = {
+        "vae": vae,
+        "decoder": decoder,
+        "clip": clip,
+        "unet": unet,
+        "details": details,
+        "finish": finish,
+    }
     for name, source in sources.items():
         for file in ("recipe.json", "log.csv"):
             shutil.copy(source / file, prior / f"{name}-{file}")

@@ -44,6 +44,7 @@ LOADERS = {
     "clip": CLIPModel,
     "unet": UNet2DConditionModel,
     "details": UNet2DConditionModel,
+    "finish": UNet2DConditionModel,
     "image_encoder": CLIPVisionModelWithProjection,
     "identity": ResNetModel,
     "attributes": AutoModelForImageClassification,
@@ -60,7 +61,7 @@ PIXELS = {  # what the processor beside a model makes of a picture
     "segmenter": 128,
     "captioner": 64,
 }
-PRIOR = ("vae", "decoder", "clip", "unet", "details")
+PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish")
 CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
 
 
@@ -354,6 +355,7 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
         ("unet", ["clip"], "unet needs --vae:"),
         ("unet", ["vae"], "unet needs --clip:"),
         ("details", ["clip"], "details needs --vae, --unet:"),
+        ("finish", ["vae", "clip"], "finish needs --details:"),
         ("decoder", ["clip"], "decoder needs --vae:"),
         ("image_encoder", ["vae"], "image_encoder needs --clip:"),
     ],
@@ -444,7 +446,7 @@ GATES = (
 def test_the_prior_is_made_of_its_parts(trained, shipped):
     prior = StableDiffusionPipeline.from_pretrained(shipped / "prior", dtype=torch.float32)
     assert equal(weights(shipped / "prior/vae"), weights(trained("decoder")))
-    assert equal(weights(shipped / "prior/unet"), weights(trained("details")))
+    assert equal(weights(shipped / "prior/unet"), weights(trained("finish")))
     factors = {AutoencoderKL.load_config(trained(part))["scaling_factor"] for part in ("vae", "decoder")}
     assert factors == {prior.vae.config.scaling_factor} != {models.vae().config.scaling_factor}
     clip, text = weights(trained("clip")), weights(shipped / "prior/text_encoder")

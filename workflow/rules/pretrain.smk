@@ -1,11 +1,12 @@
 # The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
-PARTS = ["vae", "decoder", "clip", "unet", "details"]
+PARTS = ["vae", "decoder", "clip", "unet", "details", "finish"]
 NEEDS = {
     "decoder": ["vae"],
     "unet": ["vae", "clip"],
     "details": ["vae", "clip", "unet"],
+    "finish": ["vae", "clip", "details"],
     "image_encoder": ["clip"],
 }
 WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
@@ -64,8 +65,8 @@ rule assemble_prior:
     message:
         "Joining the prior's parts"
     shell:
-        "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet} --details {input.details}"
-        " --prior {output} > {log} 2>&1"
+        "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet}"
+        " --details {input.details} --finish {input.finish} --prior {output} > {log} 2>&1"
 
 
 rule publish_model:
