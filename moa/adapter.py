@@ -63,6 +63,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         router_width: int = 64,
         frequencies: int = 8,
         spacetime: bool = True,
+        personalize_below: int = 1000,
         loss_layers: list[str] | None = None,
         image_encoder_shapes: dict[str, list[int]] | None = None,
     ):
@@ -75,6 +76,8 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         router, router_width: "linear", or "mlp" with one hidden layer of that width (Eq. 7).
         frequencies: octaves of the Fourier features of t and of l in PE(t, l).
         spacetime: False leaves PE(t, l) out of Eq. 8 (the paper's ablation).
+        personalize_below: the router is meant to be fixed to the prior at this timestep and above, where the
+        adapter was not trained; what samples takes it as its default. 1000: nowhere.
         loss_layers: qualified names, or beginnings of them ("mid_block"), of the losses' layers L; None
         for all.
         image_encoder_shapes: {parameter: shape} of the image encoder's layers that are trained too.
@@ -121,7 +124,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         read).
         image_layers: how many of the encoder's last layers are trained too (FastComposer: 2), as copies.
         loss_layers: None takes `select_loss_layers(unet)`.
-        decisions: the constructor's experts, router, router_width, frequencies, spacetime.
+        decisions: the constructor's experts, router, router_width, frequencies, spacetime, personalize_below.
 
         Raises:
             ValueError, TypeError: a U-Net that MoA does not fit, or has a LoRA in the projections to be

@@ -146,7 +146,7 @@ class SubjectConditioner(PromptEncoder):
         image_processor: Any,
         adapter: MoAAdapter,
         null_branch: NullBranch = "expert",
-        personalize_below: int = 1000,
+        personalize_below: int | None = None,
         sparse_threshold: float = 0.0,
     ):
         """tokenizer, text_encoder: the prior's.
@@ -156,7 +156,8 @@ class SubjectConditioner(PromptEncoder):
         null_branch: what the unconditional half of guidance runs. "expert", as trained: the mixture on
             the negative prompt without subject. "prior": the router fixed to the prior, so only the base
             U-Net.
-        personalize_below: at this timestep and above the router is fixed to the prior; 1000 never does.
+        personalize_below: at this timestep and above the router is fixed to the prior; 1000 never does, None
+            is what the adapter's config says.
         sparse_threshold: pixels to which the router gives a personalization expert no more than this are
             left to the prior, and cost no expert; 0 leaves none.
         """
@@ -167,6 +168,12 @@ class SubjectConditioner(PromptEncoder):
         self.null_branch = check_null_branch(null_branch)
         self.personalize_below = personalize_below
         self.sparse_threshold = check_sparse_threshold(sparse_threshold)
+
+    @property
+    def decides_below(self) -> int:
+        """`personalize_below`, or the adapter's."""
+        own = self.personalize_below
+        return self.adapter.config["personalize_below"] if own is None else own
 
     def __call__(
         self,
@@ -298,7 +305,7 @@ class SubjectConditioner(PromptEncoder):
             token=token.repeat_interleave(repeats, 0),
             present=present.repeat_interleave(repeats, 0),
             prior_only=fixed.repeat_interleave(repeats, 0),
-            personalize_below=self.personalize_below,
+            personalize_below=self.decides_below,
             sparse_threshold=self.sparse_threshold,
         )
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of x86 and ARM
 
 
 def libraries() -> dict[str, str]:
@@ -25,6 +26,15 @@ def check_device(device: str) -> None:
                 "device: cuda, but PyTorch finds no GPU here: set `device: cpu`, or install a driver and a "
                 "PyTorch built for it"
             )
+
+
+def has_bf16(device: str) -> bool:
+    """Whether a device ("cpu" or "cuda") multiplies bfloat16 itself; elsewhere it is slower than float32."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
 def processor(device: str) -> str:

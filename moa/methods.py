@@ -73,7 +73,8 @@ class Sampling:
     negative_prompt: str = ""  # text of the unconditional half
     batch_size: int = 8  # images a pass; with guidance, twice as many go through the U-Net
     null_branch: Literal["expert", "prior"] = "expert"  # MoA: who paints the unconditional half
-    personalize_below: int = 1000  # MoA: router fixed to the prior at timesteps from here on; 1000 = never
+    # MoA: router fixed to the prior at timesteps from here on; 1000 = never, null = what the adapter asks for
+    personalize_below: int | None = None
     sparse_threshold: float = (
         0.0  # MoA: weight up to which a pixel is left to the prior, and costs less; 0 = none
     )

@@ -1,6 +1,6 @@
 """MoAPipeline: Stable Diffusion with subjects. Thin: the conditioner and the adapter do the work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,14 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 from moa.adapter import MoAAdapter
 from moa.attention import Recorder
 from moa.conditioner import NullBranch, SubjectConditioner
+
+REFUSED = {
+    "prompt_embeds": "subjects are bound to words: give the prompt",
+    "negative_prompt_embeds": "give the negative_prompt",
+    "clip_skip": "the adapter was trained on the text encoder's last layer",
+    "ip_adapter_image": "MoA does not run beside an IP-Adapter: give the photo as a subject",
+    "ip_adapter_image_embeds": "MoA does not run beside an IP-Adapter: give the photo as a subject",
+}
 
 
 class MoAPipeline(StableDiffusionPipeline):
@@ -113,7 +121,7 @@ class MoAPipeline(StableDiffusionPipeline):
         cross_attention_kwargs: dict[str, Any] | None = None,
         prior_only: bool | Sequence[bool] = False,
         null_branch: NullBranch = "expert",
-        personalize_below: int = 1000,
+        personalize_below: int | None = None,
         sparse_threshold: float = 0.0,
         recorder: Recorder | None = None,
         **kwargs: Any,
@@ -125,7 +133,11 @@ class MoAPipeline(StableDiffusionPipeline):
         null_branch, personalize_below, sparse_threshold, recorder: see SubjectConditioner and Recorder.
         kwargs: StableDiffusionPipeline's (height, width, generator, latents, output_type, return_dict,
             callback_on_step_end, …). A list of generators has one an image, those of a prompt side by side.
+
+        Raises:
+            TypeError: an argument of StableDiffusionPipeline that has no meaning here; the message says why.
         """
+        kwargs = accepted(kwargs)
         self.adapter.assert_installed(self.unet)
         conditioner = self.conditioner
         conditioner.personalize_below = personalize_below
@@ -151,3 +163,11 @@ class MoAPipeline(StableDiffusionPipeline):
             guidance_scale=guidance_scale,
             **kwargs,
         )
+
+
+def accepted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without those in REFUSED; TypeError if one of these is not None, their default."""
+    for name, reason in REFUSED.items():
+        if given.get(name) is not None:
+            raise TypeError(f"MoAPipeline does not take {name}: {reason}")
+    return {name: value for name, value in given.items() if name not in REFUSED}

@@ -88,7 +88,7 @@ class MoARecorder:
         steps: dict[str, list[torch.Tensor]] = {}
 
         def keep(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-            if int(timestep) < self.moa.conditioner.personalize_below:
+            if int(timestep) < self.moa.conditioner.decides_below:
                 timesteps.append(int(timestep))
                 for layer, weights in recorder.router.items():
                     steps.setdefault(layer, []).append(weights[-len(requests) :].float().cpu())
@@ -105,7 +105,7 @@ class MoARecorder:
         )
         images = run(pipe, sampling, requests, **conditioning, callback_on_step_end=keep)
         if not timesteps:
-            limit = self.moa.conditioner.personalize_below
+            limit = self.moa.conditioner.decides_below
             raise ValueError(
                 f"no step lies below personalize_below ({limit}): the router never decides; raise it, or "
                 "take more steps"

@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moa.hashing import file_hash
+
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -143,6 +145,25 @@ def find(folder: Path, resume: str) -> Path | None:
         f"--resume {resume}: no such checkpoint; give `latest`, `none`, the path of a folder named step-… or "
         f"of one that holds some, or the name of a checkpoint of this run ({known})"
     )
+
+
+def inside(found: Path, folder: Path) -> bool:
+    """Whether a checkpoint lies in a run's folder."""
+    return found.parent.resolve() == folder.resolve()
+
+
+def own_folder(folder: Path, resume: str) -> tuple[Path, str]:
+    """The folder of a run and what it begins with there, for a run that would save into `folder`.
+
+    A run that begins with another run's checkpoint gets a folder of its own, named after that checkpoint, so
+    that a killed one goes on there, and the run without it never mistakes these checkpoints for its own.
+    """
+    found = find(folder, resume)
+    if found is None or inside(found, folder):
+        return folder, resume
+    start = key(checkpoint=[file_hash(found / name) for name in ("state.json", "weights.safetensors")])
+    own = folder.with_name(f"{folder.name}-from-{start}")
+    return own, "latest" if latest(own) else str(found)
 
 
 def rewind(folder: Path, step: int) -> None:

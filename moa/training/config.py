@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
+from moa.machine import has_bf16
 from moa.methods import ModelSource, Sampling
 
 
@@ -27,7 +30,8 @@ class TrainConfig:
     weight_decay: float = 1e-2  # [FastComposer]
     clip: float = 1.0  # largest norm of the gradient [FastComposer]
     ema: float = 0.0  # decay of the running mean of the weights that is saved; 0 = save the last weights
-    precision: Literal["no", "fp16", "bf16"] = "no"  # Accelerate's mixed precision; "no" = 32-bit floats
+    # Accelerate's mixed precision; "no" = 32-bit floats, "auto" = bf16 where the device has it, else no
+    precision: Literal["no", "fp16", "bf16", "auto"] = "no"
     # Noise and conditions
     max_timestep: int = 800  # timesteps are uniform in [0, max_timestep) [paper]
     p_drop: float = 0.1  # probability that a sample loses text and subjects [paper]
@@ -48,6 +52,7 @@ class TrainConfig:
     rotate: float = 0.0  # crops are turned by up to so many degrees
     zoom: float = 1.0  # crops are enlarged up to so many times
     brightness: float = 0.0  # crops are brightened or darkened by at most this share
+    personalize_below: int = 1000  # MoA: what the adapter asks of sampling; see `Sampling.personalize_below`
     image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
     attention: Literal["explicit", "sdpa"] = "sdpa"  # equal to rounding; which is faster depends on the CPU
     # Work
@@ -76,6 +81,17 @@ class TrainConfig:
         for prompt in self.validation_prompts:
             if "{word}" not in prompt:
                 raise ValueError(f"validation_prompts: {prompt!r} lacks the placeholder {{word}}")
+
+    def on_this_machine(self) -> TrainConfig:
+        """With the precision that `auto` means here."""
+        if self.precision != "auto":
+            return self
+        return replace(self, precision="bf16" if has_bf16(self.device) else "no")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What the frozen U-Net is held in: autocast would compute with this type anyway."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.precision, torch.float32)
 
     def part_size(self, processes: int) -> int:
         """Images in one backward pass of one process; raises ValueError unless the batch divides evenly."""

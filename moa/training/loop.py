@@ -131,18 +131,17 @@ class Trainer:
     def resume(self) -> None:
         """Go on from the checkpoint that was asked for, if there is one; see `checkpoint.find`.
 
-        What this run's folder holds of later steps goes, and all of it when the checkpoint is another run's.
+        What this run's folder holds of later steps goes.
         """
         found = checkpoint.find(self.folder, self.resumed)
-        own = found is not None and found.parent.resolve() == self.folder.resolve()
         if found is not None:
             self._restore(checkpoint.load(found))
         if self.resumed == "latest":
             return
         self.accelerator.wait_for_everyone()  # all have read
         if self.accelerator.is_main_process:
-            checkpoint.rewind(self.folder, self.progress.step if own else -1)
-        if found is not None and not own:
+            checkpoint.rewind(self.folder, self.progress.step)
+        if found is not None and not checkpoint.inside(found, self.folder):
             self.progress.began_with = str(found)
             self.save()
 
@@ -302,7 +301,7 @@ class Trainer:
         path = self.folder / "grids" / f"step-{self.progress.step:06d}.png"
         if self.grid is None or not self.accelerator.is_main_process or path.exists():
             return
-        with self.averaged():
+        with self.averaged(), self.accelerator.autocast():
             image = self.grid.draw(self.trainee.method(self.config.validation_sampling))
         write_atomically(path, lambda part: image.save(part, format="PNG"))
         self._track_grid(image)
@@ -373,10 +372,12 @@ def run(
         RuntimeError: another process trains the same.
         ValueError, FileNotFoundError: broken records, models or settings; the message says what to do.
     """
+    config = config.on_this_machine()
     accelerator = make_accelerator(config, output.with_name(f"{output.name}-trackers"))
     config.part_size(accelerator.num_processes)
     root = checkpoints or output.parent.parent / ".checkpoints"
     folder = root / f"{output.name}-{run_key(config, name, records, code_of(name))}"
+    folder, resume = checkpoint.own_folder(folder, resume)
     with checkpoint.locked(folder) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         trainer = build(config, trainee, records, folder, accelerator, subjects, resume)
@@ -409,5 +410,6 @@ def build(
     grid = None
     if config.validate_every and config.validation_prompts and subjects and accelerator.is_main_process:
         grid = ValidationGrid(subjects[: config.validation_subjects], config.validation_prompts, config.seed)
-        grid.prepare(Prior(trainee.prior.pipe, config.validation_sampling))
+        with accelerator.autocast():
+            grid.prepare(Prior(trainee.prior.pipe, config.validation_sampling))
     return Trainer(trainee, data, folder, accelerator, grid, resume)

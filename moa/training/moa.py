@@ -39,7 +39,9 @@ class MoATrainee(Trainee):
             image_encoder=encoder,
             image_layers=config.image_encoder_layers,
             loss_layers=None if config.loss_layers is None else list(config.loss_layers),
+            personalize_below=config.personalize_below,
         )
+        nn.Module.to(pipe.unet, config.frozen_dtype)  # its own `to` warns of parts it does not have
         self.adapter.install(pipe.unet, config.attention)
         self.unet = pipe.unet
         self.inputs = SubjectConditioner(pipe.tokenizer, pipe.text_encoder, encoder, processor, self.adapter)
@@ -87,10 +89,8 @@ class MoATrainee(Trainee):
         self.adapter.save_pretrained(folder)
 
     def method(self, sampling: Sampling) -> MoA:
-        self.inputs.null_branch, self.inputs.personalize_below = (
-            sampling.null_branch,
-            sampling.personalize_below,
-        )
+        self.inputs.null_branch = sampling.null_branch
+        self.inputs.personalize_below = sampling.personalize_below
         self.inputs.sparse_threshold = sampling.sparse_threshold
         return MoA(self.prior.pipe, self.inputs, self.adapter, sampling)
 

@@ -204,6 +204,12 @@ def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
         conditioner("a man", null_branch="none")
 
 
+def test_the_cut_is_the_adapters_unless_one_is_given(unet, make_adapter, make_conditioner):
+    adapter = make_adapter(unet, personalize_below=650)
+    assert make_conditioner(adapter)("a man").context.personalize_below == 650
+    assert make_conditioner(adapter, personalize_below=1000)("a man").context.personalize_below == 1000
+
+
 def test_a_single_prompt_takes_flat_lists_or_one_thing(conditioner, photo):
     feature = conditioner.encode_photos([photo()])[0]
     calls = [

@@ -79,6 +79,13 @@ def test_below_and_above_the_cut(pipe, one):
     assert np.abs(runs[500] - runs[1000]).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["prompt_embeds", "negative_prompt_embeds", "clip_skip", "ip_adapter_image"])
+def test_arguments_without_a_meaning_here_are_refused(pipe, one, name):
+    pipe(**one | {"generator": seeded(0)}, **{name: None})
+    with pytest.raises(TypeError, match=f"does not take {name}: "):
+        pipe(**one, **{name: 1})
+
+
 def test_sparse_experts_are_an_argument(pipe, one):
     dense = pipe(**one | {"generator": seeded(0)}).images
     sparse = [

@@ -22,7 +22,7 @@ def steps(monkeypatch):
     return seen
 
 
-def interrupted(config, shards, subjects, output, monkeypatch, after):
+def interrupted(config, shards, subjects, output, monkeypatch, after, **options):
     """Leave the checkpoints of a run that ended after some steps; returns their folder."""
     account = Trainer._account
 
@@ -34,7 +34,7 @@ def interrupted(config, shards, subjects, output, monkeypatch, after):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_account", stop)
         with pytest.raises(KeyboardInterrupt):
-            moa.run(config, shards, subjects, output)
+            moa.run(config, shards, subjects, output, **options)
     return next((output.parent.parent / ".checkpoints").iterdir())
 
 
@@ -82,6 +82,25 @@ def test_a_longer_training_goes_on_from_a_finished_one(models, shards, subjects,
         assert about["began_with"] == str(left / "step-00000003")
         assert not list((output.parent.parent / ".checkpoints").iterdir())
     assert checkpoint.steps(left) == [3]  # nobody took them away
+
+
+def test_a_killed_training_that_began_elsewhere_goes_on_and_is_nobody_elses(
+    models, shards, subjects, tmp_path, monkeypatch, steps
+):
+    """The same command takes up its own checkpoints; the command without `--resume` does not."""
+    short, long = (tiny.config(models, steps=n, checkpoint_every=1, lr_decay="none") for n in (2, 5))
+    moa.run(short, shards, subjects, tmp_path / "short/train/moa", keep_checkpoints=True)
+    start = str(next((tmp_path / "short/.checkpoints").iterdir()))
+    output = tmp_path / "long/train/moa"
+    interrupted(long, shards, subjects, output, monkeypatch, 4, resume=start)
+    steps.clear()
+    moa.run(long, shards, subjects, tmp_path / "long/train/moa", keep_checkpoints=True)
+    assert steps == [0, 1, 2, 3, 4]
+    assert json.loads((output / "train.json").read_text())["began_with"] == ""
+    steps.clear()
+    moa.run(long, shards, subjects, output, resume=start)
+    assert steps == [3, 4]
+    assert json.loads((output / "train.json").read_text())["began_with"].startswith(start)
 
 
 def test_what_does_not_fit_is_refused(models, shards, subjects, tmp_path):

@@ -168,7 +168,7 @@ rule router:
         f"{OUT}/benchmarks/router.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=3000,
         gpu=GPU,

@@ -42,7 +42,7 @@ rule generate:
         f"{OUT}/benchmarks/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=3000,
         gpu=GPU,

@@ -29,7 +29,7 @@ rule tune_train:
         f"{OUT}/benchmarks/tuning/{{method}}-{{trial}}-train.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=6000,
         gpu=GPU,
@@ -61,7 +61,7 @@ rule tune_generate:
         f"{OUT}/benchmarks/tuning/{{method}}-{{trial}}-generate.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=3000,
         gpu=GPU,
