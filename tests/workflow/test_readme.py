@@ -20,7 +20,7 @@ def test_quick_start_is_two_commands() -> None:
     run, test = quick_start()
     assert run.endswith("snakemake --cores all")
     assert "-r requirements.lock" in run
-    assert test.endswith("pytest")
+    assert test.endswith("pytest -n 2")
     assert "-r requirements-test.lock" in test
 
 
