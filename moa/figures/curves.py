@@ -107,3 +107,38 @@ def _bars(axis: Any, rows: Sequence[Mapping[str, str]], metric: str) -> None:
     labels = [TITLES.get(row["method"], row["method"]) for row in rows]
     axis.bar(range(len(rows)), values, color=colors, yerr=errors if known else None, capsize=3)
     axis.set_xticks(range(len(rows)), labels, fontsize=7)
+
+
+@style()
+def sparse(table: str | Path, output: str | Path) -> None:
+    """Draw what sparse experts change and save against their threshold τ.
+
+    Args:
+        table: CSV of `moa.evaluation.sparse`; its row with τ = 0 is the dense run.
+        output: PNG file.
+    """
+    columns = read_columns(table, ("threshold", "psnr", "ip", "ip_low", "ip_high", "active", "cpu_ratio"))
+    dense, rest = columns["threshold"] == 0, columns["threshold"] > 0
+    if not dense.any() or not rest.any():
+        raise DataError(f"{table} lacks the dense run or a threshold; make it again")
+    tau = columns["threshold"][rest]
+    figure = Figure(figsize=(10.2, 2.8), layout="constrained")
+    alike, identity, saved = figure.subplots(1, 3)
+    alike.plot(tau, columns["psnr"][rest], marker="o", color=COLORS["moa"])
+    alike.axhline(40, color="#777777", linestyle=":")
+    alike.set(title="PSNR to the dense images, dB")
+    low, high = columns["ip_low"][dense][0], columns["ip_high"][dense][0]
+    identity.axhspan(low, high, color=COLORS["moa_wrong_subject"], alpha=0.35, label="dense, 95 %")
+    identity.plot(tau, columns["ip"][rest], marker="o", color=COLORS["moa"], label="sparse")
+    identity.set(title="identity (IP)")
+    for name, label, color in (
+        ("cpu_ratio", "CPU time, dense = 1", COLORS["moa"]),
+        ("active", "pixels left to the expert", COLORS["fastcomposer"]),
+    ):
+        saved.plot(tau, columns[name][rest], marker="o", color=color, label=label)
+    saved.set(title="cost")
+    for axis in (alike, identity, saved):
+        axis.set(xlabel="threshold τ", xscale="log")
+    identity.legend(fontsize=8)
+    saved.legend(fontsize=8)
+    save_plot(figure, output)

@@ -25,7 +25,7 @@ def subjects_file(tmp_path: Path) -> Path:
             "id": p.id,
             "identity": p.id,
             "word": p.word,
-            "image": encode_image(Image.new("RGB", (8, 8), color)),
+            "image": encode_image(Image.new("RGB", (16, 16), color)),
             "sha256": "",
         }
         for p, color in zip(people(), COLORS, strict=True)

@@ -1,5 +1,6 @@
-# What a pass of Stable Diffusion 1.5's U-Net and a training step cost: `snakemake benchmark`. Random weights, for
-# time and memory do not depend on them; nothing of the main job is read or made.
+# What things cost. `snakemake benchmark`: a pass of Stable Diffusion 1.5's U-Net and a training step, on random weights,
+# for time and memory do not depend on them; nothing of the main job is read or made. `snakemake sparse`: what sparse
+# experts save and change of the images of the main job's adapter, on validation subjects.
 
 
 rule benchmark:
@@ -20,3 +21,53 @@ rule benchmark:
         "Measuring U-Net passes and training steps; `tail -f {log}` shows how far it is"
     shell:
         "python -m moa benchmark-unet --config {params.config:q} --output {output} > {log} 2>&1"
+
+
+rule sparse:
+    input:
+        f"{OUT}/figures/sparse.png",
+
+
+rule sparse_curve:
+    input:
+        requests=f"{OUT}/requests/validation-single-000.parquet",
+        subjects=f"{OUT}/subjects/validation.parquet",
+        trained=f"{OUT}/train/moa",
+        models=models("prior", "image_encoder", "clip_judge", "segmenter", "identity", "detector"),
+    output:
+        f"{OUT}/tables/sparse.csv",
+    log:
+        f"{OUT}/logs/sparse_curve.log",
+    benchmark:
+        f"{OUT}/benchmarks/sparse_curve.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=3000,
+        gpu=GPU,
+    params:
+        config=settings("sparse-curve"),
+        code=code("sparse-curve"),
+    message:
+        "Generating with sparse experts"
+    shell:
+        "python -m moa sparse-curve --config {params.config:q} --requests {input.requests}"
+        " --subjects {input.subjects} --trained {input.trained} --output {output} > {log} 2>&1"
+
+
+rule sparse_figure:
+    input:
+        f"{OUT}/tables/sparse.csv",
+    output:
+        f"{OUT}/figures/sparse.png",
+    log:
+        f"{OUT}/logs/sparse_figure.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        code=code("figure-sparse"),
+    message:
+        "Drawing what sparse experts save and change"
+    shell:
+        "python -m moa figure-sparse --table {input} --output {output} > {log} 2>&1"
