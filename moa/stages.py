@@ -74,7 +74,9 @@ STAGES: dict[str, Stage] = {
     "render-subjects": Stage("moa.miniature.dataset:run_subjects", "draw evaluation subjects", "render"),
     "lock-photos": Stage("moa.data.sources.lock:run", "lock and list a source of photos", *PHOTOS),
     "photos": Stage("moa.data.sources.photos:run", "take in a shard of photos", *PHOTOS),
-    "quarantine": Stage("moa.data.sources.quarantine:run", "list the photos that were put aside", *PHOTOS),
+    "quarantine": Stage(
+        "moa.data.sources.quarantine:run", "list the photos that were put aside", "data.quarantine"
+    ),
     "archive-records": Stage(
         "moa.data.archive:run",
         "make records of the annotations in FastComposer's archive",

@@ -36,7 +36,7 @@ def _ask(name: str, revision: str) -> str:
     except Exception as error:  # offline, unknown, gated: each raises its own
         raise DataError(
             f"data.photos: {name!r} is no folder, and the hub does not say which commit {revision!r} "
-            f"is ({type(error).__name__}: {error}); correct the path, go online once, or write the commit itself "
+            f"is ({type(error).__name__}: {error}); correct the path, go online once, or write the commit "
             "as data.photos.revision"
         ) from error
 

@@ -229,10 +229,9 @@ def _archived(photo: str, root: str) -> Found:
         if _leads_out(path, root):
             return replace(here, reason="link", detail=f"{archive_file(photo, suffix)} leads out")
         status = os.stat(path)
-        sizes.append(status.st_size), times.append(status.st_mtime_ns)
-    return replace(
-        here, size=sizes[0], modified=hash((*sizes, *times))
-    )  # of numbers the same in every process
+        sizes.append(status.st_size)
+        times.append(status.st_mtime_ns)
+    return replace(here, size=sizes[0], modified=hash((*sizes, *times)))  # same in every process
 
 
 # --- All --------------------------------------------------------------------------------------------------

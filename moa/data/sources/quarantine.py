@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from moa.data.errors import BrokenImage, DataError
 from moa.data.records import REJECTED, Row, decode_image, read_rows, read_table
-from moa.data.sources.config import PhotosConfig
+from moa.data.sources.config import PhotosConfig, QuarantineConfig
 from moa.data.sources.lock import INDEX
 from moa.data.sources.reasons import QUARANTINED
 from moa.files import write_atomically
@@ -90,15 +90,15 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     return {reason: found[reason] for reason in QUARANTINED if found[reason]}
 
 
-def check(rows: Sequence[Row], photos: int, config: PhotosConfig) -> None:
+def check(rows: Sequence[Row], photos: int, config: QuarantineConfig) -> None:
     """Raise DataError, with the counts and examples, if more photos were put aside than the limit allows."""
     limit = config.max_quarantined
     most = limit * photos if isinstance(limit, float) else limit
     if len(rows) > most:
         examples = "; ".join(f"{row['id']} ({row['reason']}: {row['detail']})" for row in rows[:3])
         raise DataError(
-            f"{config.path}: {len(rows)} of {photos} photos were put aside {counts(rows)}, more than "
-            f"data.photos.max_quarantined {limit}: {examples}; mend the source, or raise the limit"
+            f"{len(rows)} of {photos} photos were put aside {counts(rows)}, more than "
+            f"data.quarantine.max_quarantined {limit}: {examples}; mend the source, or raise the limit"
         )
 
 
@@ -110,7 +110,7 @@ def _text(rows: Sequence[Mapping[str, str]]) -> str:
     return buffer.getvalue()
 
 
-def run(config: PhotosConfig, index: Path, quarantined: Sequence[Path], output: Path) -> None:
+def run(config: QuarantineConfig, index: Path, quarantined: Sequence[Path], output: Path) -> None:
     """List the photos of all shards that were put aside: CSV with id, reason, detail.
 
     Raises DataError beyond `max_quarantined`; the shards' own tables are there to be looked at.
