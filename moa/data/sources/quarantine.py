@@ -23,16 +23,7 @@ from moa.data.sources.lock import INDEX
 from moa.data.sources.reasons import QUARANTINED
 from moa.files import write_atomically
 
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "TIFF",
-    "BMP",
-    "GIF",
-    "AVIF",
-)  # by content; no format that runs a program
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # by content; none runs a program
 
 
 class Quarantined(Exception):
