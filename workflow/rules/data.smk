@@ -85,7 +85,7 @@ if CONFIG["source"] in KINDS:
 
     rule lock_photos:
         output:
-            f"{OUT}/data/photos.parquet",
+            update(f"{OUT}/data/photos.parquet"),  # stays when the photos are not what the lock says
         log:
             f"{OUT}/logs/lock_photos.log",
         benchmark:
