@@ -335,7 +335,7 @@ def test_a_source_that_is_not_what_it_was_is_named_with_the_cure(what, folder, t
 def test_a_photo_that_changes_between_lock_and_shard_is_named(folder, tmp_path):
     lock.run(config(folder), tmp_path / "index.parquet")
     next(folder.rglob("plain.png")).write_bytes(encoded(FRAMES[2]))
-    with pytest.raises(DataError, match=r"plain\.png has changed since it was listed"):
+    with pytest.raises(DataError, match=r"plain\.png has changed since it was locked"):
         shards_of(config(folder), tmp_path)
 
 

@@ -83,9 +83,12 @@ if CONFIG["source"] == "shards":
 
 if CONFIG["source"] in KINDS:
 
+    # After an error the `update`d files stay, so that shards and annotations need not be made again, and the touched
+    # ones are gone, so that the error comes again.
     rule lock_photos:
         output:
-            update(f"{OUT}/data/photos.parquet"),  # stays when the photos are not what the lock says
+            index=update(f"{OUT}/data/photos.parquet"),
+            checked=touch(f"{OUT}/data/photos.checked"),
         log:
             f"{OUT}/logs/lock_photos.log",
         benchmark:
@@ -102,7 +105,7 @@ if CONFIG["source"] in KINDS:
         message:
             "Holding the photos against their lock"
         shell:
-            "python -m moa lock-photos --config {params.config:q} --output {output} > {log} 2>&1"
+            "python -m moa lock-photos --config {params.config:q} --output {output.index} > {log} 2>&1"
 
     # The index is `ancient`: when it is made again, only shards behind which a file has changed (`files`) follow.
     rule photos:
@@ -135,9 +138,13 @@ if CONFIG["source"] in KINDS:
     rule quarantine:
         input:
             index=ancient(f"{OUT}/data/photos.parquet"),
+            checked=f"{OUT}/data/photos.checked",
             quarantined=QUARANTINED,
         output:
-            report(f"{OUT}/data/quarantine.csv", category="Data", caption="../report/quarantine.rst"),
+            csv=update(
+                report(f"{OUT}/data/quarantine.csv", category="Data", caption="../report/quarantine.rst")
+            ),
+            passed=touch(f"{OUT}/data/quarantine.passed"),
         log:
             f"{OUT}/logs/quarantine.log",
         benchmark:
@@ -154,7 +161,7 @@ if CONFIG["source"] in KINDS:
             "Counting the photos that were put aside"
         shell:
             "python -m moa quarantine --config {params.config:q} --index {input.index}"
-            " --quarantined {input.quarantined} --output {output} > {log} 2>&1"
+            " --quarantined {input.quarantined} --output {output.csv} > {log} 2>&1"
 
 
 rule caption:
@@ -276,6 +283,7 @@ rule data_card:
         records=shards("records", "train") + shards("records", "validation"),
         rejected=shards("rejected", "train") + shards("rejected", "validation"),
         quarantined=QUARANTINED,
+        passed=[f"{OUT}/data/quarantine.passed"] if QUARANTINED else [],
     output:
         json=f"{OUT}/data/card.json",
         markdown=report(f"{OUT}/data/card.md", category="Data", caption="../report/data.rst"),

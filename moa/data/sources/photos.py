@@ -55,7 +55,8 @@ def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row
     data = read(row)
     if sha256(data) != row["sha256"]:
         raise DataError(
-            f"{config.path}: {row['name']} has changed since it was listed; run the same command again"
+            f"{config.path}: {row['name']} has changed since it was locked; put the old file "
+            "back, or, if the change is meant, run `python -m moa lock-photos --accept` (docs/data.md)"
         )
     width, height = examine(data, config)
     if config.source == "fastcomposer":
