@@ -69,7 +69,7 @@ SECTIONS = (
     Section(
         "Data",
         "The annotators' errors are measured against the renderer's truth, where there is one.",
-        ("data/card.md", "tables/annotation.csv", "data/card.png"),
+        ("data/card.md", "data/quarantine.csv", "tables/annotation.csv", "data/card.png"),
     ),
 )
 

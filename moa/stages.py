@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from moa import hashing
+from moa.data.sources.config import KINDS
 
 Config = Mapping[str, Any]
 
@@ -23,7 +24,7 @@ TOP_LEVEL: dict[str, Any] = {
     "output": {"type": "string"},
     "device": {"enum": ["cpu", "cuda"]},
     "weights": {"type": "string"},
-    "source": {"enum": ["miniature", "shards"]},
+    "source": {"enum": ["miniature", "shards", *KINDS]},
     "protocol": {"type": "string"},
     "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
@@ -65,11 +66,24 @@ class Stage:
 JUDGES = {key: f"models.{key}" for key in ("clip_judge", "segmenter", "identity", "detector")}
 PRIOR = {key: f"models.{key}" for key in ("prior", "image_encoder")}
 DEVICE = {"device": "device"}
+PHOTOS = "data.photos", {"source": "source"}
 REGISTERED = ("moa.baselines.*", "moa.miniature.ceiling")  # by moa.methods, by name
 
 STAGES: dict[str, Stage] = {
     "render": Stage("moa.miniature.dataset:run", "draw a shard of the miniature's photos", "render"),
     "render-subjects": Stage("moa.miniature.dataset:run_subjects", "draw evaluation subjects", "render"),
+    "lock-photos": Stage("moa.data.sources.lock:run", "lock and list a source of photos", *PHOTOS),
+    "photos": Stage("moa.data.sources.photos:run", "take in a shard of photos", *PHOTOS),
+    "quarantine": Stage(
+        "moa.data.sources.quarantine:run", "list the photos that were put aside", "data.quarantine"
+    ),
+    "archive-records": Stage(
+        "moa.data.archive:run",
+        "make records of the annotations in FastComposer's archive",
+        "data.align",
+        {"tokenizer": "models.prior", "clip": "models.clip_judge"},
+    ),
+    "export-archive": Stage("moa.data.archive:export", "write records as FastComposer's archive"),
     "caption": Stage(
         "moa.data.caption:run", "caption photos", "data.caption", {"model": "models.captioner"} | DEVICE
     ),
@@ -173,7 +187,7 @@ def code(name: str) -> str:
 
 def shards(config: Config, split: str) -> int:
     """How many shards of photos the configuration asks for."""
-    if config["source"] == "shards":
+    if config["source"] != "miniature":
         return int(get(config, f"shards.{split}"))
     return -(-get(config, f"render.{split}") // get(config, "render.shard_size"))
 

@@ -2,7 +2,7 @@
 
 Entry point, called by `python -m moa card`:
 
-    run(config, records, rejected, json_path, markdown, sheet)      lists of shards → three files
+    run(config, records, rejected, json_path, markdown, sheet, quarantined)      lists of shards → three files
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from moa.choose import spread
 from moa.data.crops import resize_ids
 from moa.data.errors import REASONS, DataError
 from moa.data.records import RECORD, REJECTED, Row, decode_image, decode_mask, read_rows
+from moa.data.sources.reasons import QUARANTINED
 from moa.files import write_atomically
 
+EVERY_REASON = QUARANTINED | REASONS
 COLORS = ((230, 57, 70), (29, 120, 240), (255, 183, 3), (42, 157, 143), (155, 93, 229), (241, 91, 181))
 
 
@@ -63,18 +65,21 @@ def data_hash(records: Sequence[Row]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def describe(records: Sequence[Row], rejected: Sequence[Row]) -> dict[str, Any]:
+def describe(
+    records: Sequence[Row], rejected: Sequence[Row], quarantined: Sequence[Row] = ()
+) -> dict[str, Any]:
     """The card's content, ready for JSON."""
     subjects = [segment for record in records for segment in record["segments"]]
-    reasons = Counter(row["reason"] for row in rejected)
+    reasons = Counter(row["reason"] for row in [*rejected, *quarantined])
     words = [len(record["caption"].split()) for record in records]
     return {
-        "photos": len(records) + len(rejected),
+        "photos": len(records) + len(rejected) + len(quarantined),
         "records": len(records),
         "rejected": len(rejected),
+        "quarantined": len(quarantined),
         "splits": _counts(record["split"] for record in records),
         "sources": _counts(record["source"] for record in records),
-        "reasons": {reason: reasons[reason] for reason in REASONS if reasons[reason]},
+        "reasons": {reason: reasons[reason] for reason in EVERY_REASON if reasons[reason]},
         "subjects": len(subjects),
         "subject_words": _counts(segment["word"].lower() for segment in subjects),
         "subjects_per_photo": _counts(len(record["segments"]) for record in records),
@@ -109,7 +114,7 @@ def to_markdown(card: Mapping[str, Any]) -> str:
 
 
 def _explained(table: str, key: str) -> str:
-    return f"{key}: {REASONS[key]}" if table == "reasons" else key
+    return f"{key}: {EVERY_REASON[key]}" if table == "reasons" else key
 
 
 def overlay(photo: Image.Image, ids: np.ndarray, segment_ids: Sequence[int]) -> Image.Image:
@@ -159,10 +164,11 @@ def run(
     json_path: str | Path,
     markdown: str | Path,
     sheet: str | Path,
+    quarantined: Sequence[str | Path] = (),
 ) -> None:
     """Describe all shards of a data set. Raises DataError for a bad shard or if there is no record."""
     kept, refused = read_rows(records, RECORD), read_rows(rejected, REJECTED)
-    card = describe(kept, refused)
+    card = describe(kept, refused, read_rows(quarantined, REJECTED))
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     write_atomically(json_path, lambda path: path.write_text(text, "utf-8"))
     write_atomically(markdown, lambda path: path.write_text(to_markdown(card), "utf-8"))

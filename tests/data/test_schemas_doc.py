@@ -9,6 +9,8 @@ import pytest
 
 from moa.data import records
 from moa.data.errors import REASONS
+from moa.data.sources import lock
+from moa.data.sources.reasons import QUARANTINED
 from moa.evaluation import samples
 
 TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text("utf-8")
@@ -28,6 +30,14 @@ def test_every_column_is_explained_in_its_order(name):
 def test_rejected_rows_and_their_reasons_are_explained():
     assert documented("rejected") == [*records.REJECTED.names, *REASONS]
     assert all(f"| `{reason}` | {meaning} |" in TEXT for reason, meaning in REASONS.items())
+
+
+def test_the_index_and_the_reasons_for_quarantine_are_explained():
+    assert documented("index") == lock.INDEX.names
+    assert documented("quarantined") == [*QUARANTINED]
+    assert all(
+        f"| `{reason}` | {meaning} |" in SECTIONS["quarantined"] for reason, meaning in QUARANTINED.items()
+    )
 
 
 def test_samples_are_explained():

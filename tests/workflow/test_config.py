@@ -51,7 +51,8 @@ def test_every_stage_loads_its_settings(name: str) -> None:
     for stage, entry in STAGES.items():
         kind = settings_class(entry) if entry.section else None
         only_miniature = entry.section in ("render", "gates") or entry.section.startswith("pretrain")
-        if kind is None or (name == "paper" and only_miniature):
+        only_paper = entry.section in ("data.photos", "data.quarantine")
+        if kind is None or (only_miniature if name == "paper" else only_paper):
             continue
         models = config["pretrain"] if "{model}" in entry.section else [""]
         for model in models:
@@ -104,7 +105,7 @@ def test_loading_names_the_key_too() -> None:
 
 
 def test_every_stage_that_runs_a_model_follows_the_device() -> None:
-    stages = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip"}}
+    stages = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip", "source"}}
     assert stages >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
     config = changed("device", "cuda")
     assert {settings(name, config)["device"] for name in stages} == {"cuda"}

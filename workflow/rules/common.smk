@@ -3,7 +3,9 @@ import json
 from pathlib import Path
 
 from moa import stages
-from moa.config import resolve
+from moa.config import load, resolve
+from moa.data.sources import listing
+from moa.data.sources.config import KINDS, PhotosConfig
 from moa.hashing import code_hash
 from moa.trained import TRAINED
 
@@ -40,6 +42,14 @@ def models(*roles):
 def shards(folder, split):
     """All shards of a split in one of the data folders."""
     return [f"{OUT}/data/{folder}/{split}-{n:03d}.parquet" for n in range(stages.shards(CONFIG, split))]
+
+
+def stamp(wildcards):
+    """What changes when a file behind a shard of photos does; without a shard, when any of them does."""
+    source = load(PhotosConfig, stages.settings("photos", CONFIG), "data.photos")
+    counts = {split: stages.shards(CONFIG, split) for split in ("train", "validation")}
+    shard = (wildcards.split, int(wildcards.shard)) if "shard" in wildcards.keys() else ()
+    return listing.stamp(source, counts, *shard)
 
 
 def results(wildcards):

@@ -1,5 +1,9 @@
 # Photos → captions, segments → training records. One job a shard.
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
+QUARANTINED = (
+    shards("quarantined", "train") + shards("quarantined", "validation") if CONFIG["source"] in KINDS else []
+)
+CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if CONFIG["source"] in KINDS else []  # before a GPU is used
 
 
 if CONFIG["source"] == "miniature":
@@ -49,18 +53,6 @@ if CONFIG["source"] == "miniature":
 
 else:
 
-    rule photos:
-        output:
-            f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
-        log:
-            f"{OUT}/logs/photos/{{split}}-{{shard}}.log",
-        conda:
-            "../../envs/models.yaml"
-        message:
-            "{output}: no rule fetches photographs yet. Write this shard yourself; docs/schemas.md has its columns."
-        shell:
-            "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
-
     rule subject_photos:
         output:
             f"{OUT}/subjects/{{split}}.parquet",
@@ -74,10 +66,109 @@ else:
             "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
 
 
+if CONFIG["source"] == "shards":
+
+    rule photos_by_hand:
+        output:
+            f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+        log:
+            f"{OUT}/logs/photos_by_hand/{{split}}-{{shard}}.log",
+        conda:
+            "../../envs/models.yaml"
+        message:
+            "{output}: `source: shards` means that you write it; docs/schemas.md has its columns."
+        shell:
+            "echo '`source: shards` means that you write {output}; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
+
+
+if CONFIG["source"] in KINDS:
+
+    # After an error the `update`d files stay, so that shards and annotations need not be made again, and the touched
+    # ones are gone, so that the error comes again.
+    rule lock_photos:
+        output:
+            index=update(f"{OUT}/data/photos.parquet"),
+            checked=touch(f"{OUT}/data/photos.checked"),
+        log:
+            f"{OUT}/logs/lock_photos.log",
+        benchmark:
+            f"{OUT}/benchmarks/lock_photos.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("lock-photos"),
+            code=code("lock-photos"),
+            files=stamp,
+        message:
+            "Holding the photos against their lock"
+        shell:
+            "python -m moa lock-photos --config {params.config:q} --output {output.index} > {log} 2>&1"
+
+    # The index is `ancient`: when it is made again, only shards behind which a file has changed (`files`) follow.
+    rule photos:
+        input:
+            ancient(f"{OUT}/data/photos.parquet"),
+        output:
+            raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+            quarantined=f"{OUT}/data/quarantined/{{split}}-{{shard}}.parquet",
+        log:
+            f"{OUT}/logs/photos/{{split}}-{{shard}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/photos/{{split}}-{{shard}}.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=4000,
+        params:
+            config=settings("photos"),
+            code=code("photos"),
+            files=stamp,
+            shards=lambda wildcards: CONFIG["shards"][wildcards.split],
+        message:
+            "Taking in photos {wildcards.split}-{wildcards.shard}"
+        shell:
+            "python -m moa photos --config {params.config:q} --split {wildcards.split} --shard {wildcards.shard}"
+            " --shards {params.shards} --index {input} --raw {output.raw} --quarantined {output.quarantined}"
+            " > {log} 2>&1"
+
+    rule quarantine:
+        input:
+            index=ancient(f"{OUT}/data/photos.parquet"),
+            checked=f"{OUT}/data/photos.checked",
+            quarantined=QUARANTINED,
+        output:
+            csv=update(
+                report(f"{OUT}/data/quarantine.csv", category="Data", caption="../report/quarantine.rst")
+            ),
+            passed=touch(f"{OUT}/data/quarantine.passed"),
+        log:
+            f"{OUT}/logs/quarantine.log",
+        benchmark:
+            f"{OUT}/benchmarks/quarantine.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("quarantine"),
+            code=code("quarantine"),
+        message:
+            "Counting the photos that were put aside"
+        shell:
+            "python -m moa quarantine --config {params.config:q} --index {input.index}"
+            " --quarantined {input.quarantined} --output {output.csv} > {log} 2>&1"
+
+
 rule caption:
     input:
         raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
         model=models("captioner"),
+        checked=CHECKED,
     output:
         f"{OUT}/data/captions/{{split}}-{{shard}}.parquet",
     log:
@@ -103,6 +194,7 @@ rule segment:
     input:
         raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
         model=models("segmenter"),
+        checked=CHECKED,
     output:
         f"{OUT}/data/segments/{{split}}-{{shard}}.parquet",
     log:
@@ -153,10 +245,45 @@ rule align:
         " --records {output.records} --rejected {output.rejected} > {log} 2>&1"
 
 
+if CONFIG["source"] == "fastcomposer":
+
+    ruleorder: archive_records > align
+
+    rule archive_records:
+        input:
+            raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
+            models=models("prior"),
+            checked=CHECKED,
+        output:
+            records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
+            rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+        log:
+            f"{OUT}/logs/archive_records/{{split}}-{{shard}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/archive_records/{{split}}-{{shard}}.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=4000,
+        params:
+            config=settings("archive-records"),
+            code=code("archive-records"),
+            root=CONFIG["data"]["photos"]["path"],
+            files=stamp,
+        message:
+            "Reading the archive's captions and masks of {wildcards.split}-{wildcards.shard}"
+        shell:
+            "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
+            " --root {params.root:q} --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+
+
 rule data_card:
     input:
         records=shards("records", "train") + shards("records", "validation"),
         rejected=shards("rejected", "train") + shards("rejected", "validation"),
+        quarantined=QUARANTINED,
+        passed=[f"{OUT}/data/quarantine.passed"] if QUARANTINED else [],
     output:
         json=f"{OUT}/data/card.json",
         markdown=report(f"{OUT}/data/card.md", category="Data", caption="../report/data.rst"),
@@ -173,11 +300,12 @@ rule data_card:
     params:
         config=settings("card"),
         code=code("card"),
+        quarantined=option("--quarantined", QUARANTINED),
     message:
         "Describing the training data"
     shell:
         "python -m moa card --config {params.config:q} --records {input.records} --rejected {input.rejected}"
-        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} > {log} 2>&1"
+        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined} > {log} 2>&1"
 
 
 rule annotation_errors:

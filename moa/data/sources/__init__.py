@@ -1,0 +1,1 @@
+"""Photos of a folder, of tar shards, of a data set or of FastComposer's archive → raw shards."""

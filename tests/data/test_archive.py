@@ -1,0 +1,189 @@
+"""FastComposer's archive: what is read is what is written, its lists decide who is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa.data import archive
+from moa.data.align import AlignConfig
+from moa.data.errors import DataError
+from moa.data.records import RAW, RECORD, REJECTED, decode_image, decode_mask, read_rows, write_rows
+from moa.data.sources import listing, lock
+from tests.data.test_sources import config, encoded, ingest, turned
+
+ONE = {"train": 1, "validation": 1}
+CAPTION = "a man and a young woman with a tie"
+
+
+def segment(number: int, word: str, phrase: str, label: str = "person") -> dict:
+    start = CAPTION.index(phrase)
+    box = [8 * number, 2, 8 * number + 8, 20]
+    return {
+        "id": number,
+        "word": word,
+        "start": start,
+        "end": start + len(phrase),
+        "bbox": box,
+        "coco_label": label,
+    }
+
+
+SEGMENTS = [
+    segment(1, "man", "a man"),
+    segment(2, "woman", "a young woman"),
+    segment(0, "tie", "a tie", "tie") | {"id": 7},
+]
+
+
+def add(root: Path, photo: str, kind: str = "JPEG", **changes) -> None:
+    """Three files, as FastComposer published them."""
+    (root / photo[:5]).mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(int(photo)).integers(0, 256, (24, 32, 3), np.uint8)
+    ids = np.zeros((24, 32), np.int32)
+    for item in SEGMENTS:
+        x1, y1, x2, y2 = item["bbox"]
+        ids[y1:y2, x1:x2] = item["id"]
+    about = {"caption": CAPTION, "segments": SEGMENTS} | changes
+    (root / photo[:5] / f"{photo}.jpg").write_bytes(encoded(Image.fromarray(pixels), kind))
+    (root / photo[:5] / f"{photo}.json").write_text(json.dumps(about))
+    np.save(root / photo[:5] / f"{photo}.npy", ids)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    top = tmp_path / "archive"
+    ids = ["0000000", "0000001", "0000002", "0100003"]
+    for photo in ids:
+        add(top, photo)
+    for name, part in (("", ids), ("_train", ids[:3]), ("_test", ids[3:])):
+        (top / f"image_ids{name}.txt").write_text("".join(f"{photo}\n" for photo in part))
+    return top
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()
+    }
+
+
+def read(root: Path, out: Path) -> list[Path]:
+    """The archive as shards of records with all that it says."""
+    ingest(config(root, "fastcomposer"), out, ONE)
+    paths = []
+    for split in ONE:
+        rows = [archive.record(row, root, split) for row in read_rows(out / f"raw-{split}-0.parquet", RAW)]
+        paths.append(out / f"records-{split}.parquet")
+        write_rows(paths[-1], rows, RECORD)
+    return paths
+
+
+def test_files_to_records_to_files_is_exact(root, tmp_path):
+    archive.export(read(root, tmp_path / "a"), tmp_path / "again")
+    assert files(tmp_path / "again") == files(root)
+
+
+def test_records_to_files_to_records_is_exact(root, tmp_path):
+    first = read(root, tmp_path / "a")
+    archive.export(first, tmp_path / "again")
+    (tmp_path / "photos.sha256").unlink()
+    second = read(tmp_path / "again", tmp_path / "b")
+    assert read_rows(first, RECORD) == read_rows(second, RECORD)
+    row = read_rows(first, RECORD)[0]
+    assert [s["score"] for s in row["segments"]] == [None] * 3  # the archive does not say
+    assert row["segment_revision"].startswith("sha256:")
+
+
+def test_other_photos_are_written_without_loss(tmp_path, annotated, tokenizer):
+    """Our own records, which are PNG; and a photo that a camera turned, which their loader would not turn."""
+    from moa.data import align
+
+    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    align.run(
+        AlignConfig(tokenizer, ""), "train", annotated.raw, annotated.captions, annotated.segments, *paths
+    )
+    rows = read_rows(paths[0], RECORD)
+    side = rows[0]["width"]
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+    rows[0]["image"] = {"bytes": encoded(photo, "JPEG", exif=turned()), "path": None}
+    write_rows(paths[0], rows, RECORD)
+    archive.export([paths[0]], tmp_path / "out")
+    for row in rows:
+        stored = Image.open(
+            tmp_path / "out" / listing.archive_file(row["id"], ".jpg")
+        )  # as their loader sees it
+        assert np.array_equal(np.asarray(stored), np.asarray(decode_image(row["image"])))
+        caption, segments, ids = archive.read_annotation(tmp_path / "out", row["id"], stored.size[::-1])
+        assert caption == row["caption"]
+        assert [s | {"score": None} for s in row["segments"]] == segments
+        assert np.array_equal(ids, decode_mask(row["mask"]))
+
+
+def test_the_archive_s_lists_decide_who_is_held_out(root, tmp_path):
+    _, aside = ingest(config(root, "fastcomposer", ids="name"), tmp_path, ONE)
+    assert not aside
+    assert [r["id"] for r in read_rows(tmp_path / "raw-validation-0.parquet", RAW)] == ["0100003"]
+    assert len(read_rows(tmp_path / "raw-train-0.parquet", RAW)) == 3
+
+
+def test_an_id_for_training_and_testing_is_an_error(root, tmp_path):
+    (root / "image_ids_test.txt").write_text("0100003\n0000001\n")
+    with pytest.raises(DataError, match=r"0000001 is in .*train"):
+        lock.run(config(root, "fastcomposer"), tmp_path / "index.parquet")
+
+
+def spoil(root: Path, how: str) -> None:
+    about, mask = root / "00000/0000001.json", root / "00000/0000001.npy"
+    if how == "missing":
+        mask.unlink()
+    elif how == "unlisted":
+        (root / "image_ids_train.txt").write_text("0000000\n0000002\n")
+    elif how == "name":
+        (root / "image_ids.txt").write_text("0000000\n../../secret\n0000002\n0100003\n")
+    elif how == "no json":
+        about.write_text("{")
+    elif how == "offsets":
+        add(root, "0000001", segments=[SEGMENTS[0] | {"end": 900}])
+    elif how == "corners":
+        add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0.5, 0, 3, 4]}])
+    elif how == "pickle":
+        np.save(mask, np.array([{}], object), allow_pickle=True)
+    else:
+        np.save(mask, np.zeros((5, 5), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [(h, h) for h in ("missing", "unlisted", "name")]
+    + [(h, "annotation") for h in ("no json", "offsets", "corners", "pickle", "size")],
+)
+def test_what_does_not_fit_is_put_aside(how, reason, root, tmp_path):
+    spoil(root, how)
+    kept, aside = ingest(config(root, "fastcomposer"), tmp_path, ONE)
+    assert len(kept) == 3
+    assert [row["reason"] for row in aside.values()] == [reason]
+
+
+def test_training_sees_persons_alone(root, tmp_path, tokenizer):
+    """Two people and a tie: the tie leaves segments and mask; small people and shared words are rejected."""
+    add(root, "0000001", segments=[SEGMENTS[0], SEGMENTS[0] | {"id": 2}])
+    add(root, "0000002", segments=[SEGMENTS[2]])
+    ingest(config(root, "fastcomposer"), tmp_path, ONE)
+    out = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
+    (row,) = read_rows(out[0], RECORD)
+    assert [(s["word"], s["segment_id"]) for s in row["segments"]] == [("man", 1), ("woman", 2)]
+    assert set(np.unique(decode_mask(row["mask"]))) == {0, 1, 2}
+    refused = {r["id"]: r["reason"] for r in read_rows(out[1], REJECTED)}
+    assert refused == {"0000001": "plural", "0000002": "no_segment"}
+
+
+def test_an_id_with_folders_cannot_be_exported(root, tmp_path):
+    row = read_rows(read(root, tmp_path / "a")[0], RECORD)[0] | {"id": "00000/00000"}
+    write_rows(tmp_path / "r.parquet", [row], RECORD)
+    with pytest.raises(DataError, match=r"set data\.photos\.ids to name"):
+        archive.export([tmp_path / "r.parquet"], tmp_path / "out")

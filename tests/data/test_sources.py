@@ -1,0 +1,503 @@
+"""Whatever lies in a user's folder: photos come through byte for byte, the rest is put aside, and why."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import struct
+import subprocess
+import tarfile
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from moa.data.errors import REASONS, DataError
+from moa.data.records import RAW, REJECTED, decode_image, read_rows, sha256
+from moa.data.sources import listing, lock, photos, quarantine
+from moa.data.sources.config import PhotosConfig, QuarantineConfig
+from moa.data.sources.listing import shard_of, split_of, stamp
+from moa.data.sources.quarantine import Quarantined, examine
+from moa.data.sources.reasons import QUARANTINED
+
+SHARDS = {"train": 3, "validation": 1}
+PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+PICTURE = Image.fromarray(PIXELS)
+
+
+def encoded(picture: Image.Image = PICTURE, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG that claims to be so large and holds no pixel."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    claim = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", claim)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+FRAMES = [Image.fromarray(np.roll(PIXELS, i, 0)) for i in range(3)]
+DEEP = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+GOOD = {
+    "plain.png": encoded(),
+    "photo.jpg": encoded(kind="JPEG"),
+    "deep.png": encoded(DEEP),
+    "print.jpg": encoded(PICTURE.convert("CMYK"), "JPEG"),
+    "grey.jpg": encoded(PICTURE.convert("L"), "JPEG"),
+    "turned.jpg": encoded(kind="JPEG", exif=turned()),
+    "palette.gif": encoded(PICTURE.convert("P"), "GIF"),
+    "glass.png": encoded(PICTURE.convert("RGBA")),
+    "mislabelled.png": encoded(kind="JPEG"),
+    "new.webp": encoded(kind="WEBP"),
+    "camera.mpo": encoded(kind="MPO", save_all=True, append_images=FRAMES[:1]),
+}
+BAD = {
+    "page.jpg": (b"<html>404</html>", "no_image"),
+    "empty.jpg": (b"", "no_image"),
+    "cut.png": (encoded()[:-500], "broken"),
+    "cut.jpg": (encoded(kind="JPEG")[:300], "broken"),
+    "moving.gif": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated"),
+    "moving.webp": (encoded(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "animated"),
+    "moving.png": (encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "animated"),
+    "pages.tif": (encoded(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:]), "animated"),
+    "dot.png": (encoded(Image.new("RGB", (1, 1))), "small_photo"),
+    "poster.png": (header(12_000, 9_000), "large_photo"),
+    "bomb.png": (header(60_000, 60_000), "large_photo"),
+    "heavy.jpg": (encoded(kind="JPEG") + b"\0" * 50_000, "large_photo"),
+}
+
+
+def config(folder: Path, source: str = "folder", **changes) -> PhotosConfig:
+    return PhotosConfig(
+        source=source, path=str(folder), name="test", lock=folder.parent / "photos.sha256", held_out=0.3,
+        max_bytes=40_000, **changes,
+    )  # fmt: skip
+
+
+def ingest(settings: PhotosConfig, out: Path, shards: dict[str, int] = SHARDS) -> tuple[dict, dict]:
+    """All raw rows and all quarantined rows of a source, by id, through the stages."""
+    lock.run(settings, out / "index.parquet")
+    return shards_of(settings, out, shards)
+
+
+def shards_of(settings: PhotosConfig, out: Path, shards: dict[str, int] = SHARDS) -> tuple[dict, dict]:
+    """All raw rows and all quarantined rows of an index, by id."""
+    kept, aside = [], []
+    for split, count in shards.items():
+        for shard in range(count):
+            names = out / f"raw-{split}-{shard}.parquet", out / f"bad-{split}-{shard}.parquet"
+            photos.run(settings, split, shard, count, out / "index.parquet", *names)
+            kept += read_rows(names[0], RAW)
+            aside += read_rows(names[1], REJECTED)
+    assert len({row["id"] for row in kept}) == len(kept)
+    return {row["id"]: row for row in kept}, {row["id"]: row for row in aside}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Every kind of file, some below folders, and links."""
+    top = tmp_path / "photos"
+    (top / "below/deeper").mkdir(parents=True)
+    for number, (name, data) in enumerate({**GOOD, **{k: v[0] for k, v in BAD.items()}}.items()):
+        (top / ("below/deeper", "below", "")[number % 3] / name).write_bytes(data)
+    (tmp_path / "secret.png").write_bytes(encoded())
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/theirs.png").write_bytes(encoded())
+    (top / "out.png").symlink_to(tmp_path / "secret.png")
+    (top / "away").symlink_to(tmp_path / "others")
+    (top / "nowhere.png").symlink_to(tmp_path / "none.png")
+    (top / "round.png").symlink_to(top / "round.png")
+    (top / "loop").symlink_to(top)
+    os.mkfifo(top / "pipe.png")  # reading it would wait for ever
+    (top / "notes.txt").write_text("no photo")
+    (top / "._photo.jpg").write_bytes(b"resource fork")
+    return top
+
+
+def by_name(rows: dict) -> dict:
+    return {Path(name).name: row for name, row in rows.items()}
+
+
+def test_every_odd_file_is_handled_or_put_aside(folder, tmp_path):
+    kept, aside = (by_name(rows) for rows in ingest(config(folder), tmp_path / "out"))
+    assert set(kept) == {Path(name).stem for name in GOOD}
+    for name, data in GOOD.items():
+        row = kept[Path(name).stem]
+        assert (row["image"]["bytes"], row["sha256"], row["source"]) == (data, sha256(data), "test")
+        assert decode_image(row["image"]).size == (row["width"], row["height"])
+    assert {name for name, row in aside.items() if row["reason"] == "link"} == {
+        "out",
+        "away",
+        "nowhere",
+        "round",
+    }
+    assert aside["pipe"]["reason"] == "unreadable"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_reason_fits(name, tmp_path):
+    data, reason = BAD[name]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / name).write_bytes(data)
+    kept, aside = ingest(config(tmp_path / "photos"), tmp_path / "out")
+    assert not kept
+    assert [row["reason"] for row in aside.values()] == [reason]
+    assert next(iter(aside.values()))["detail"]
+
+
+def test_odd_modes_show_the_right_picture():
+    """16 bits are scaled, not clipped; a print is no negative; a turned photo is upright, and its size."""
+
+    def pixels(name):
+        return np.asarray(decode_image({"bytes": GOOD[name]})).astype(int)
+
+    assert np.array_equal(pixels("deep.png")[..., 0], PIXELS[..., 0])
+    smooth = Image.fromarray(np.linspace(0, 255, 24 * 32).reshape(24, 32).astype(np.uint8)).convert("RGB")
+    printed = decode_image({"bytes": encoded(smooth.convert("CMYK"), "JPEG", quality=95)})
+    assert np.abs(np.asarray(printed).astype(int) - np.asarray(smooth)).mean() < 8
+    assert examine(GOOD["turned.jpg"], config(Path("x"))) == (24, 32)
+    assert np.array_equal(pixels("turned.jpg"), np.rot90(pixels("photo.jpg"), -1))
+
+
+def test_a_bomb_costs_no_memory(monkeypatch):
+    """The header decides; no pixel may be decoded first."""
+    monkeypatch.setattr(quarantine, "decode_image", lambda value: pytest.fail("decoded"))
+    for name in ("poster.png", "bomb.png", "dot.png"):
+        with pytest.raises(Quarantined):
+            examine(BAD[name][0], config(Path("x")))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_no_damage_stops_the_run(kind):
+    """Flipped and cut bytes are a photo or are put aside: whatever Pillow raises, nothing else comes out."""
+    good, rng, outcomes = (
+        encoded(kind=kind, **({"exif": turned()} if kind == "JPEG" else {})),
+        np.random.default_rng(1),
+        set(),
+    )
+    for _ in range(150):
+        data = bytearray(good[: rng.integers(8, len(good) + 1)])
+        for place in rng.integers(0, len(data), 4):
+            data[place] = rng.integers(256)
+        try:
+            width, height = examine(bytes(data), config(Path("x")))
+            assert decode_image({"bytes": bytes(data)}).size == (width, height)
+            outcomes.add("kept")
+        except Quarantined as why:
+            outcomes.add(why.reason)
+    assert outcomes <= {"kept", *QUARANTINED}
+    assert len(outcomes) > 1
+
+
+def test_reasons_are_told_apart():
+    assert not set(QUARANTINED) & set(REASONS)
+
+
+# --- Splits and shards ------------------------------------------------------------------------------------
+
+
+def test_a_thousand_of_seventy_thousand_are_held_out():
+    ids = [f"{i:05d}" for i in range(70_000)]
+    held = {name for name in ids if split_of(name, 1 / 70) == "validation"}
+    assert 900 < len(held) < 1100
+    assert held < {name for name in ids if split_of(name, 1 / 35) == "validation"}
+    sizes = np.bincount([shard_of(name, 140) for name in ids if name not in held], minlength=140)
+    assert len(sizes) == 140 and sizes.min() > 400 and sizes.max() < 600
+    assert (
+        shard_of("00000", 140) == 19 and split_of("00011", 0.3) == "validation"
+    )  # for ever: published splits
+
+
+def test_split_and_shard_depend_on_nothing_but_the_id(folder, tmp_path):
+    """Half of the photos, copied in another order: each is where it was before."""
+    whole, _ = ingest(config(folder), tmp_path / "whole")
+    half = tmp_path / "again" / "photos"
+    for name in sorted(whole, reverse=True)[::2]:
+        source = next(folder.glob(f"{name}.*"))
+        (half / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, half / source.relative_to(folder))
+    part, _ = ingest(config(half), tmp_path / "part")
+    assert set(part) == set(sorted(whole, reverse=True)[::2])
+
+    def place(out):
+        files = sorted(out.glob("raw-*.parquet"))
+        return {row["id"]: file.name for file in files for row in read_rows(file, RAW)}
+
+    places = place(tmp_path / "whole")
+    assert place(tmp_path / "part") == {name: places[name] for name in part}
+    assert len(set(places.values())) == 4
+
+
+def test_one_changed_file_touches_one_shard(folder, tmp_path):
+    settings = config(folder)
+    before = {(s, n): stamp(settings, SHARDS, s, n) for s, count in SHARDS.items() for n in range(count)}
+    all_before = stamp(settings, SHARDS)
+    changed = next(folder.rglob("plain.png"))
+    changed.write_bytes(encoded(FRAMES[1]))
+    listing._stamps.cache_clear()
+    after = {(s, n): stamp(settings, SHARDS, s, n) for s, n in before}
+    name = changed.relative_to(folder).with_suffix("").as_posix()
+    split = split_of(name, 0.3)
+    assert [key for key in before if before[key] != after[key]] == [(split, shard_of(name, SHARDS[split]))]
+    assert stamp(settings, SHARDS) != all_before
+    assert stamp(config(tmp_path / "none"), SHARDS) == "absent"
+
+
+def test_a_lost_shard_comes_back_the_same(folder, tmp_path):
+    ingest(config(folder), tmp_path)
+    shard = max(tmp_path.glob("raw-*.parquet"), key=lambda path: path.stat().st_size)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+    shard.unlink()
+    _, split, number = shard.stem.split("-")
+    files = tmp_path / shard.name, tmp_path / shard.name.replace("raw", "bad")
+    photos.run(config(folder), split, int(number), SHARDS[split], tmp_path / "index.parquet", *files)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == before
+
+
+def test_two_files_with_one_id_leave_one(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.png", "a.jpg", "b.png"):
+        (tmp_path / "photos" / name).write_bytes(GOOD["plain.png" if "png" in name else "photo.jpg"])
+    kept, aside = ingest(config(tmp_path / "photos"), tmp_path)
+    assert sorted(kept) == ["a", "b"] and kept["a"]["image"]["path"] == "a.jpg"
+    assert aside["a"]["reason"] == "same_id" and "a.png has the id of a.jpg" in aside["a"]["detail"]
+
+
+def test_names_that_no_table_can_hold_are_put_aside(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in (b"line\nbreak.png", b"latin-\xe9.png", "schön 好.png".encode()):
+        (tmp_path / "photos" / os.fsdecode(name)).write_bytes(encoded())
+    kept, aside = ingest(config(tmp_path / "photos"), tmp_path)
+    assert list(kept) == ["schön 好"]
+    assert [row["reason"] for row in aside.values()] == ["name", "name"]
+
+
+# --- The lock ---------------------------------------------------------------------------------------------
+
+
+def test_the_lock_is_what_sha256sum_says(folder, tmp_path):
+    settings = config(folder)
+    lock.run(settings, tmp_path / "index.parquet")
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", settings.lock], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": OK") == len(GOOD) + len(BAD)
+
+
+@pytest.mark.parametrize("what", ["changed", "missing", "new"])
+def test_a_source_that_is_not_what_it_was_is_named_with_the_cure(what, folder, tmp_path):
+    settings = config(folder)
+    lock.run(settings, tmp_path / "index.parquet")
+    before = settings.lock.read_bytes()
+    lock.run(settings, tmp_path / "index.parquet")  # nothing has changed
+    plain = next(folder.rglob("plain.png"))
+    if what == "new":
+        shutil.copy(plain, plain.with_name("fresh.png"))
+    elif what == "missing":
+        plain.unlink()
+    else:
+        stat = plain.stat()
+        plain.write_bytes(plain.read_bytes()[:-1] + b"!")
+        os.utime(plain, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # size and time tell nothing
+    named = "fresh" if what == "new" else "plain"
+    message = rf"1 {what} \(\S*{named}\.png\)\. Put the old files back.*--accept"
+    with pytest.raises(DataError, match=message):
+        lock.run(settings, tmp_path / "index.parquet")
+    assert settings.lock.read_bytes() == before
+    lock.run(settings, tmp_path / "index.parquet", accept=True)
+    assert settings.lock.read_bytes() != before
+    lock.run(settings, tmp_path / "index.parquet")
+
+
+def test_a_photo_that_changes_between_lock_and_shard_is_named(folder, tmp_path):
+    lock.run(config(folder), tmp_path / "index.parquet")
+    next(folder.rglob("plain.png")).write_bytes(encoded(FRAMES[2]))
+    with pytest.raises(DataError, match=r"plain\.png has changed since it was locked"):
+        shards_of(config(folder), tmp_path)
+
+
+def test_a_damaged_lock_is_named(folder, tmp_path):
+    settings = config(folder)
+    settings.lock.write_text("# test\n<<<<<<< HEAD\n")
+    with pytest.raises(DataError, match=r"photos\.sha256, line 2 is no hash and name"):
+        lock.run(settings, tmp_path / "index.parquet")
+
+
+def test_a_missing_or_empty_source_names_the_key(tmp_path):
+    with pytest.raises(DataError, match=r"data\.photos\.path: there is no folder"):
+        lock.run(config(tmp_path / "none"), tmp_path / "index.parquet")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"data\.photos\.path: no photo below"):
+        lock.run(config(tmp_path / "photos"), tmp_path / "index.parquet")
+
+
+# --- The limit --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limit", "passes"), [(0.5, False), (0.9, True), (16, False), (17, True), (0, False)]
+)
+def test_a_rotten_source_is_an_error_with_its_counts(limit, passes, folder, tmp_path):
+    _, aside = ingest(config(folder), tmp_path)
+    shards = sorted(tmp_path.glob("bad-*.parquet"))
+    arguments = QuarantineConfig(limit), tmp_path / "index.parquet", shards, tmp_path / "q.csv"
+    assert len(aside) == 17
+    if passes:
+        quarantine.run(*arguments)
+        lines = (tmp_path / "q.csv").read_text().splitlines()
+        assert lines[0] == "id,reason,detail" and len(lines) == 18
+    else:
+        with pytest.raises(
+            DataError, match=r"17 of 28 photos .*'no_image': 2, 'broken': 2, 'animated': 4.*raise"
+        ):
+            quarantine.run(*arguments)
+        assert not (tmp_path / "q.csv").exists()
+
+
+def test_settings_out_of_range_are_refused():
+    for wrong in ({"held_out": 1.0}, {"max_pixels": 10**9}, {"min_side": 0}, {"max_bytes": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            replace(config(Path("x")), **wrong)
+    for limit in (-1, 1.5):
+        with pytest.raises(ValueError, match="max_quarantined"):
+            QuarantineConfig(limit)
+
+
+# --- Tars -------------------------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    top = tmp_path / "tars"
+    top.mkdir()
+    write_tar(
+        top / "0000.tar",
+        {"a.jpg": GOOD["photo.jpg"], "a.json": b"{}", "a.seg.png": encoded(), "b.png": encoded()},
+    )
+    write_tar(
+        top / "0001.tar",
+        {"a.jpg": GOOD["turned.jpg"], "c.jpg": BAD["page.jpg"][0], "sub/d.webp": GOOD["new.webp"]},
+    )
+    with tarfile.open(top / "0001.tar", "a") as tar:
+        link = tarfile.TarInfo("e.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return top
+
+
+def test_tars_are_read_by_key(tars, tmp_path):
+    kept, aside = ingest(config(tars, "tar"), tmp_path)
+    assert sorted(kept) == ["0000/a", "0000/b", "0001/a", "0001/sub/d"]
+    assert kept["0001/a"]["image"]["bytes"] == GOOD["turned.jpg"]
+    assert {name: row["reason"] for name, row in aside.items()} == {"0001/c": "no_image", "0001/e": "link"}
+    (tmp_path / "photos.sha256").unlink()
+    kept, aside = ingest(config(tars, "tar", ids="name"), tmp_path)
+    assert sorted(kept) == ["a", "b", "d"]
+    assert aside["a"]["reason"] == "same_id"
+
+
+def test_a_cut_or_packed_tar_is_an_error_since_nobody_knows_what_is_lost(tars, tmp_path):
+    whole = (tars / "0000.tar").read_bytes()
+    for data in (whole[:700], zlib.compress(whole)):
+        (tars / "0000.tar").write_bytes(data)
+        with pytest.raises(DataError, match=r"0000\.tar is cut short, compressed or no tar .*fetch it again"):
+            lock.run(config(tars, "tar"), tmp_path / "index.parquet")
+
+
+# --- Data sets --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    rows = {"image": [{"bytes": GOOD[n], "path": n} for n in ("plain.png", "turned.jpg")], "key": ["x", "y"]}
+    rows["image"] += [{"bytes": BAD["page.jpg"][0], "path": None}, None]
+    rows["key"] += ["z", "none"]
+    features = datasets.Features({"image": datasets.Image(decode=False), "key": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(rows, features=features)
+    data.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def test_a_saved_data_set_gives_the_bytes_that_were_put_in(saved, tmp_path):
+    kept, aside = ingest(config(saved, "dataset", id_column="key"), tmp_path)
+    assert {name: row["image"]["bytes"] for name, row in kept.items()} == {
+        "x": GOOD["plain.png"], "y": GOOD["turned.jpg"],
+    }  # fmt: skip
+    assert {name: row["reason"] for name, row in aside.items()} == {"z": "no_image", "none": "no_image"}
+
+
+def test_without_an_id_column_photos_are_called_after_their_bytes(saved, tmp_path):
+    kept, _ = ingest(config(saved, "dataset"), tmp_path)
+    assert set(kept) == {sha256(GOOD[name])[:16] for name in ("plain.png", "turned.jpg")}
+
+
+def test_a_folder_of_parquet_is_a_data_set_too(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "files").mkdir()
+    datasets.load_from_disk(str(saved)).to_parquet(str(tmp_path / "files/train.parquet"))
+    kept, _ = ingest(config(tmp_path / "files", "dataset", id_column="key"), tmp_path)
+    assert sorted(kept) == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"image_column": "picture"},
+            r"data\.photos\.image_column: there is no 'picture' among \['image', 'key'\]",
+        ),
+        ({"image_column": "key"}, r"data\.photos\.image_column: 'key' holds no images"),
+        ({"id_column": "name"}, r"data\.photos\.id_column: there is no 'name'"),
+    ],
+)
+def test_wrong_columns_name_the_key(change, message, saved, tmp_path):
+    with pytest.raises(DataError, match=message):
+        lock.run(config(saved, "dataset", **change), tmp_path / "index.parquet")
+
+
+def test_a_hub_that_cannot_be_asked_gives_no_revision(tmp_path, monkeypatch):
+    """No network: the error says what to do, and nothing is written that looks like a revision."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    settings = replace(config(tmp_path / "x", "dataset"), path="someone/faces")
+    with pytest.raises(
+        DataError, match=r"'someone/faces' is no folder, and the hub does not say.*go online once"
+    ):
+        lock.run(settings, tmp_path / "index.parquet")
+    settings.lock.write_text("# revision: " + "0" * 40 + "\n")
+    with pytest.raises(
+        DataError, match=r"data\.photos\.revision is 1+, but .*photos\.sha256 was made from 0+"
+    ):
+        lock.run(replace(settings, revision="1" * 40), tmp_path / "index.parquet")

@@ -1,0 +1,94 @@
+"""Photos through Snakemake: only what a change touches is made again, and docs/data.md says what there is."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
+from moa.data.sources.listing import SUFFIXES, shard_of
+from moa.data.sources.reasons import QUARANTINED
+from moa.hashing import ROOT
+from tests.workflow.conftest import Run
+
+PAPER = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
+PAGE = (ROOT / "docs/data.md").read_text("utf-8")
+TARGET = "results/paper/data/quarantine.csv"
+
+
+def settings(**photos) -> dict:
+    """The paper preset for a few small photos in `photos/`."""
+    given = {"path": "photos", "name": "few", "lock": "few.sha256", "held_out": 0.0, **photos}
+    data = PAPER["data"] | {"photos": given, "quarantine": {"max_quarantined": 1}}
+    return PAPER | {"data": data, "shards": PAPER["shards"] | {"train": 2, "validation": 1}}
+
+
+def jobs(said: str) -> dict[str, str]:
+    return {n: c for n, c in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE) if n != "total"}
+
+
+@pytest.mark.slow
+def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> None:
+    (project / "photos").mkdir()
+    names = [f"{number:02d}" for number in range(8)]
+    assert {shard_of(name, 2) for name in names} == {0, 1}
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).save(project / f"photos/{name}.png")
+    (project / "photos/page.jpg").write_text("<html>")
+    config = settings()
+
+    done = snakemake("quarantine", "--cores", "2", config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / TARGET).read_text().startswith("id,reason,detail\npage,no_image,")
+    index = project / "results/paper/data/photos.parquet"
+    again = snakemake("quarantine", "--dry-run", config=config)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    Image.new("RGB", (30, 30), "red").save(project / "photos/03.png")
+    done = snakemake("quarantine", "--cores", "2", config=config)
+    assert done.returncode == 1
+    log = (project / "results/paper/logs/lock_photos.log").read_text()
+    assert "1 changed (03.png). Put the old files back" in log
+    assert (project / TARGET).is_file() and index.is_file()  # else everything would be made again
+
+    accept = ["lock-photos", "--accept", "--config", "changes.yaml", "--output", str(index)]
+    subprocess.run([sys.executable, "-m", "moa", *accept], cwd=project, check=True, capture_output=True)
+    done = snakemake("quarantine", "--dry-run", config=config)
+    said = done.stdout + done.stderr
+    assert jobs(said) == {"lock_photos": "1", "photos": "1", "quarantine": "1"}, said
+    assert f"train-{shard_of('03', 2):03d}" in said
+
+
+@pytest.mark.slow
+def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
+    config = settings() | {"source": "fastcomposer"}
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = {"lock_photos": "1", "photos": "3", "quarantine": "1", "archive_records": "3", "data_card": "1"}
+    assert jobs(done.stdout) == counts
+
+
+def test_the_page_names_every_key_source_and_reason() -> None:
+    for setting in (*fields(PhotosConfig), *fields(QuarantineConfig)):
+        assert re.search(rf"`(?:\w+\.)*{setting.name}`", PAGE), setting.name
+    assert [kind for kind in (*KINDS, "shards") if f"| `{kind}` |" not in PAGE] == []
+    assert [reason for reason in QUARANTINED if f"`{reason}`" not in PAGE] == []
+    assert [ending for ending in SUFFIXES if ending not in PAGE] == []
+
+
+def test_the_page_shows_the_preset_and_links_to_what_exists() -> None:
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0])
+    assert shown["source"] == PAPER["source"]
+    assert shown["shards"].items() <= PAPER["shards"].items()
+    assert shown["data"].items() <= PAPER["data"].items()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGE)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
