@@ -49,7 +49,7 @@ class Claim:
 
     def __post_init__(self) -> None:
         if (not self.metric or self.bound) and not self.note:
-            raise ValueError(f"claim {self.claim!r} needs a note: why not measurable, or where the bound is from")
+            raise ValueError(f"claim {self.claim!r} needs a note: why no metric, or where the bound is from")
         if self.minus and self.slope_on:
             raise ValueError(f"claim {self.claim!r}: give minus or slope_on, not both")
 
@@ -99,7 +99,7 @@ def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int] | str:
 
 
 def slope_within_prompts(y: Values, x: Values) -> tuple[Interval, int] | str:
-    """Slope of y on x over images that have both, after each prompt's means are taken off; or what is missing."""
+    """Slope of y on x over images with both, less each prompt's means; or what is missing."""
     units = y.common(x)
     prompts = [unit.split("/")[-2] for unit in units]
     if len(units) < 2:
@@ -144,8 +144,8 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
         "note",
     )
     notes = (
-        "A claim holds if the effect's whole 95 % interval, over subjects, is on the claimed side of the bound, "
-        "does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
+        "A claim holds if the effect's whole 95 % interval, over subjects, is on the claimed side of the "
+        "bound, does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
         "Not measured: this run lacks the images. Not measurable here: nothing in this project tests it.",
     )
     return Table(columns, [judge(claim, measures) for claim in claims], notes)

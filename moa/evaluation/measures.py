@@ -1,7 +1,8 @@
 """Measures of what the paper claims, from what the judges saw: a value an image, or a pair of images.
 
-docs/metrics.md gives every measure's formula. The `measure` stage computes those that need the judges' vectors
-and masks; `everything` joins them with those that stand in samples and comparisons already. No image is opened.
+docs/metrics.md gives every measure's formula. The `measure` stage computes those that need the judges'
+vectors and masks; `everything` joins them with those that stand in samples and comparisons already. No image
+is opened.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def measure_row(row: Mapping[str, Any], metric: str, value: float | None, **chan
     if value is not None:
         group = row.get("prompt_group", "")
         about = {name: row[name] for name in ("method", "split", "kind")} | {"group": group}
-        own = {"unit": unit_of(row), "members": row["subjects"]} if not changes else changes
+        own = changes or {"unit": unit_of(row), "members": row["subjects"]}
         yield {"metric": metric, "value": float(value), **about, **own}
 
 

@@ -1,8 +1,8 @@
 """The `compare-prior` stage: what of the prior's image is still there once a subject is put in.
 
-Every image is compared with the prior's for the same request, hence the same noise, and, as a floor, with the
-prior's for the same prompt and other noise. PSNR and SSIM look outside everyone who was found in either image,
-as under a swap; the layout is compared by intersection over union of the persons' masks.
+Every image is compared with the prior's for the same request, hence the same noise, and, as a floor, with
+the prior's for the same prompt and other noise. PSNR and SSIM look outside everyone who was found in either
+image, as under a swap; the layout is compared by intersection over union of the persons' masks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def layout(one: Mask, other: Mask) -> float | None:
 
 
 def likeness(one: View, other: View, dilation: float) -> dict[str, float | None]:
-    """PSNR and SSIM outside the dilated persons of both images, and the layout; None where nothing is said."""
+    """PSNR and SSIM outside the dilated persons of both images, and the layout; None where unknown."""
     found = one.persons.any() and other.persons.any()
     mask = context.dilate(one.persons | other.persons, dilation)
     kept = context.kept(one.pixels, other.pixels, mask) if found else None
@@ -69,7 +69,7 @@ def request_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def other_noise(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
-    """For each request the next row, going round, of the same prompt text and other noise, if there is any."""
+    """For each request the next row, going round, of the same prompt text and other noise, if any."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in sorted(rows, key=samples.sort_key):
         groups.setdefault((row["split"], row["kind"], row["prompt"]), []).append(row)

@@ -1,4 +1,7 @@
-"""The `look-at-references` stage: what the judges see in the subjects' photos, for measures that compare with others'."""
+"""The `look-at-references` stage: what the judges see in the subjects' photos.
+
+Scores need only the own reference of an image; leaks and swaps need those of others too.
+"""
 
 from __future__ import annotations
 
