@@ -145,8 +145,8 @@ def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]]) -> Inter
     Raises:
         ValueError: x does not vary.
     """
-    a = np.asarray(x, dtype=float) - np.mean(x)
-    b = np.asarray(y, dtype=float) - np.mean(y)
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    a, b = a - a.mean(), b - b.mean()
     variance = float(np.mean(a * a))
     if variance == 0:
         raise ValueError("x does not vary, so there is no slope")
