@@ -28,6 +28,7 @@ LEDGER = ROOT / "config/claims.yaml"
         (0.1, 0.3, "above", 0, "holds"), (-0.3, -0.1, "above", 0, "does not hold"),
         (-0.1, 0.1, "above", 0, "undecided"), (0.0, 0.3, "above", 0, "undecided"),
         (0.1, 0.3, "below", 0, "does not hold"), (-0.3, -0.1, "below", 0, "holds"),
+        (-0.2, 0.1, "below", 0, "undecided"), (0.02, 0.03, "below", 0.04, "holds"),
         (-0.03, -0.01, "above", -0.04, "holds"), (-0.05, -0.01, "above", -0.04, "undecided"),
         (-0.08, -0.05, "above", -0.04, "does not hold"), (20, 25, "above", 30, "does not hold"),
         (0.1, 0.3, "apart", 0, "holds"), (-0.3, -0.1, "apart", 0, "holds"),
