@@ -51,6 +51,13 @@ SECTIONS = (
         "floors, `ceiling` is the true subject drawn again and sent through the autoencoder.",
         ("tables/differences.csv", "tables/progress.csv"),
     ),
+    Section(
+        "What the paper claims",
+        "A claim holds if the whole 95 % interval of its effect is on the claimed side of the bound, does "
+        "not hold if it is wholly on the other, and is undecided if the bound lies inside. docs/metrics.md "
+        "has the formulas.",
+        ("tables/claims.csv", "tables/metrics.csv", "tables/sizes.csv"),
+    ),
     Section("Two subjects", "", ("tables/multi.csv", "figures/pairs.png")),
     Section(
         "Subject swap: what stays when the subject changes",

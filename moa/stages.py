@@ -137,6 +137,12 @@ STAGES: dict[str, Stage] = {
     "router-table": Stage("moa.evaluation.maps:tabulate", "tabulate what the router did"),
     "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
     "compare-swaps": Stage("moa.evaluation.score:compare_swaps", "measure the context kept under a swap"),
+    "compare-prior": Stage("moa.evaluation.preserved:compare", "measure what is left of the prior's images"),
+    "look-at-references": Stage(
+        "moa.evaluation.references:look", "look at the subjects' photos", "evaluate.score", JUDGES | DEVICE
+    ),
+    "measure": Stage("moa.evaluation.measures:measure", "measure what the paper claims"),
+    "claims": Stage("moa.evaluation.claims:tabulate", "set the paper's claims beside what was measured"),
     "tables": Stage("moa.evaluation.tables:tables", "tabulate quality"),
     "tuning-table": Stage("moa.evaluation.tuning:tabulate", "tabulate the tuning grid"),
     "cost": Stage("moa.evaluation.tables:costs", "tabulate cost"),

@@ -137,3 +137,19 @@ def ratio(numerator: ArrayLike, denominator: ArrayLike, members: Sequence[Sequen
     value = a.mean() / b.mean()
     linear = interval((a - value * b) / b.mean(), members)
     return Interval(float(value), float(value + linear.low), float(value + linear.high))
+
+
+def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]]) -> Interval:
+    """Slope of y [N] on x [N] by least squares, with a linearised (delta-method) interval.
+
+    Raises:
+        ValueError: x does not vary.
+    """
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    a, b = a - a.mean(), b - b.mean()
+    variance = float(np.mean(a * a))
+    if variance == 0:
+        raise ValueError("x does not vary, so there is no slope")
+    value = float(np.mean(a * b)) / variance
+    linear = interval(a * (b - value * a) / variance, members)
+    return Interval(value, value + linear.low, value + linear.high)

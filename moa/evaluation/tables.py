@@ -92,8 +92,11 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\end{tabular}", *(f"% {note}" for note in table.notes)]) + "\n"
 
 
+_MATHS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$"}
+
+
 def _escape(text: str) -> str:
-    return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)
+    return "".join(f"\\{c}" if c in "&%$#_{}" else _MATHS.get(c, c) for c in text)
 
 
 FORMS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}

@@ -11,7 +11,7 @@ from moa.data import records
 from moa.data.errors import REASONS
 from moa.data.sources import lock
 from moa.data.sources.reasons import QUARANTINED
-from moa.evaluation import samples
+from moa.evaluation import measures, preserved, samples
 
 TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -44,9 +44,13 @@ def test_samples_are_explained():
     assert set(documented("request, made, sample")) == set(samples.SAMPLE.names)
 
 
-def test_kept_context_is_explained():
-    columns = re.findall(r"^\| (`.+?`) \|", SECTIONS["kept"], re.MULTILINE)
-    assert re.findall(r"`(\w+)`", " ".join(columns)) == samples.KEPT.names
+@pytest.mark.parametrize(
+    ("section", "schema"),
+    [("kept", samples.KEPT), ("preserved", preserved.PRESERVED), ("measure", measures.MEASURE)],
+)
+def test_what_is_compared_is_explained(section, schema):
+    columns = re.findall(r"^\| (`.+?`) \|", SECTIONS[section], re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(columns)) == schema.names
 
 
 def test_parts_of_lists_are_explained():

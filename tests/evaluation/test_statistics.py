@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moa.evaluation.statistics import cluster_intervals, difference, interval, ratio
+from moa.evaluation.statistics import cluster_intervals, difference, interval, ratio, slope
 
 SUBJECTS = [f"s{n}" for n in range(15)]
 DESIGNS = {
@@ -73,6 +73,20 @@ def test_ratio_covers():
         found = ratio(a, b, DESIGNS["single"])
         inside += found.low <= 0.5 <= found.high
     assert 0.92 <= inside / 400 <= 0.98
+
+
+def test_slope_is_least_squares_and_covers():
+    rng = np.random.default_rng(5)
+    inside, members = 0, [(name,) for name in SUBJECTS for _ in range(10)]
+    for _ in range(600):
+        x = rng.normal(size=150)
+        y = 0.5 * x + np.repeat(rng.normal(size=15), 10) * x + rng.normal(size=150)  # subjects' own slopes
+        found = slope(x, y, members)
+        inside += found.low <= 0.5 <= found.high
+    assert found.mean == pytest.approx(stats.linregress(x, y).slope)
+    assert 0.92 <= inside / 600 <= 0.98
+    with pytest.raises(ValueError, match="does not vary"):
+        slope(np.ones(150), y, members)
 
 
 @pytest.mark.parametrize("members", [[("a",)] * 3, [("a", "b"), ("b", "c"), ("a", "c")]])

@@ -171,6 +171,8 @@ def test_reading_forms():
     latex = tables.to_latex(table)
     assert r"a\_b & 0.500 [0.410, 0.590] & 3 \\" in latex
     assert latex.startswith(r"\begin{tabular}{lll}")
+    signs = tables.to_latex(tables.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
+    assert r"x $-$ y $>$ 0 $\neq$ 1 $<$ 2 \\" in signs
     assert tables.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
 
 

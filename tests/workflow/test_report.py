@@ -18,6 +18,7 @@ def results(tmp_path: Path) -> Path:
     (tmp_path / "tables/main.csv").write_text(
         "method,source,images,ip,found\nmoa,measured,150,0.81234,\n<b>,published,,0.5,\n"
     )
+    (tmp_path / "tables/claims.csv").write_text("claim,section,holds_if,verdict\nc,4.2,> 0,does not hold\n")
     Image.new("RGB", (4, 4)).save(tmp_path / "figures/benchmark.png")
     cells = [
         {"cell_type": "markdown", "source": ["# Router\n", "A < B"]},
@@ -42,6 +43,7 @@ def test_everything_is_in_one_file(results: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert "<i>" not in page
+    assert "<td>&gt; 0</td><td>does not hold</td>" in page
     assert 'src="http' not in page
 
 

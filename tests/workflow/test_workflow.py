@@ -82,7 +82,12 @@ EVERY = MINIATURE["methods"]
 @pytest.mark.parametrize(
     ("methods", "gone", "left"),
     [
-        ({"fastcomposer": []}, ["fastcomposer"], ["figures/swap.png", "figures/router.png", "context.csv"]),
+        (
+            {"fastcomposer": []},
+            ["fastcomposer"],
+            ["figures/swap.png", "figures/router.png", "context.csv", "tables/claims.csv", "moa-preserved"],
+        ),
+        ({"prior": []}, ["made/prior", "-preserved"], ["tables/claims.csv", "moa-measures", "main.csv"]),
         (
             {name: ["single", "multi"] for name in EVERY},
             ["test-swap", "context", "figures/swap"],
@@ -91,7 +96,7 @@ EVERY = MINIATURE["methods"]
         (
             {"moa": [], "moa_wrong_subject": []},
             ["train/moa", "router", "made/moa"],
-            ["tables/main.csv", "figures/training.png", "tables/cost.csv"],
+            ["tables/main.csv", "figures/training.png", "tables/cost.csv", "tables/claims.csv"],
         ),
         (
             {name: [] for name in EVERY} | {"prior": ["swap"]},
@@ -99,7 +104,7 @@ EVERY = MINIATURE["methods"]
             ["context.csv", "figures/swap.png", "tables/cost.csv"],
         ),
     ],
-    ids=["no baseline", "no swap", "no moa", "only the prior's swaps"],
+    ids=["no baseline", "no prior", "no swap", "no moa", "only the prior's swaps"],
 )
 def test_what_is_left_out_leaves_the_rest(
     snakemake: Run, weights: Path, methods: dict, gone: list[str], left: list[str]

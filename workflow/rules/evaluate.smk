@@ -19,7 +19,11 @@ DETAILS = [
 # The router is looked at on validation subjects, whatever is made of the test subjects.
 ROUTED = [kind for kind in ("single", "swap") if kind in stages.kinds(CONFIG, "validation")]
 ROUTER = [f"{OUT}/tables/router.csv"] if "moa" in METHODS and ROUTED else []
-TABLES = [*QUALITY, *DETAILS, f"{OUT}/tables/cost.csv", *ROUTER, *ANNOTATION]
+CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for form in (".csv", ".md", ".tex")]
+CLAIMS += [f"{OUT}/tables/sizes.csv"]
+# What is left of the prior's images can be said only where there are any.
+PRESERVED = [f"{OUT}/scores/{method}-preserved.parquet" for method in METHODS if "prior" in METHODS]
+TABLES = [*QUALITY, *DETAILS, *CLAIMS, f"{OUT}/tables/cost.csv", *ROUTER, *ANNOTATION]
 
 
 rule score:
@@ -122,6 +126,116 @@ rule quality_tables:
     shell:
         "python -m moa tables --sample-files {input.samples} --kept {input.kept} --published {input.published}"
         " --output {params.folder} > {log} 2>&1"
+
+
+rule look_at_references:
+    input:
+        samples=f"{OUT}/samples.parquet",
+        subjects=f"{OUT}/subjects/test.parquet",
+        models=models("clip_judge", "segmenter", "identity", "detector"),
+    output:
+        f"{OUT}/scores/references.parquet",
+    log:
+        f"{OUT}/logs/look_at_references.log",
+    benchmark:
+        f"{OUT}/benchmarks/look_at_references.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        gpu=GPU,
+    params:
+        config=settings("look-at-references"),
+        code=code("look-at-references"),
+    message:
+        "Looking at the subjects' photos"
+    shell:
+        "python -m moa look-at-references --config {params.config:q} --made {input.samples}"
+        " --subjects {input.subjects} --output {output} > {log} 2>&1"
+
+
+rule compare_prior:
+    input:
+        samples=f"{OUT}/scores/{{method}}.parquet",
+        features=f"{OUT}/scores/{{method}}-features.parquet",
+        prior=f"{OUT}/scores/prior.parquet",
+        prior_features=f"{OUT}/scores/prior-features.parquet",
+    output:
+        f"{OUT}/scores/{{method}}-preserved.parquet",
+    log:
+        f"{OUT}/logs/compare_prior/{{method}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/compare_prior/{{method}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("compare-prior"),
+        results=results,
+    message:
+        "Comparing {wildcards.method} with the prior's images of the same noise"
+    shell:
+        "python -m moa compare-prior --made {input.samples} --seen {input.features} --prior {input.prior}"
+        " --prior-seen {input.prior_features} --results {params.results} --output {output} > {log} 2>&1"
+
+
+rule measure:
+    input:
+        samples=f"{OUT}/scores/{{method}}.parquet",
+        features=f"{OUT}/scores/{{method}}-features.parquet",
+        references=f"{OUT}/scores/references.parquet",
+    output:
+        f"{OUT}/scores/{{method}}-measures.parquet",
+    log:
+        f"{OUT}/logs/measure/{{method}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/measure/{{method}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("measure"),
+    message:
+        "Measuring leaks, swaps and variation of {wildcards.method}"
+    shell:
+        "python -m moa measure --made {input.samples} --seen {input.features} --references {input.references}"
+        " --output {output} > {log} 2>&1"
+
+
+rule claims:
+    input:
+        claims="config/claims.yaml",
+        samples=f"{OUT}/samples.parquet",
+        kept=f"{OUT}/scores/kept.parquet",
+        measured=[f"{OUT}/scores/{method}-measures.parquet" for method in METHODS],
+        preserved=PRESERVED,
+        router=[f"{OUT}/router/rows.parquet"] if ROUTER else [],
+    output:
+        report(CLAIMS, category="Tables", caption="../report/claims.rst"),
+    log:
+        f"{OUT}/logs/claims.log",
+    benchmark:
+        f"{OUT}/benchmarks/claims.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("claims"),
+        folder=subpath(output[0], parent=True),
+        preserved=lambda wildcards, input: option("--preserved", input.preserved),
+        router=lambda wildcards, input: option("--router", input.router),
+    message:
+        "Setting the paper's claims beside what was measured"
+    shell:
+        "python -m moa claims --claims {input.claims} --sample-files {input.samples} --kept {input.kept}"
+        " --measured {input.measured} {params.preserved} {params.router} --output {params.folder} > {log} 2>&1"
 
 
 rule cost_table:

@@ -1,0 +1,230 @@
+"""The `claims` stage: each claim of the paper beside what was measured, and whether it holds, by one rule.
+
+config/claims.yaml says which measure tests a claim. The rule: an effect's 95 % interval lies wholly on the
+claimed side of the bound, and the claim holds; wholly on the other, and it does not; else it is undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from moa.config import load
+from moa.data.errors import DataError
+from moa.evaluation import samples
+from moa.evaluation.measures import Measures, Values, everything
+from moa.evaluation.statistics import Interval, interval, slope
+from moa.evaluation.tables import FORMS, ORDER, Table, by_method, limits, save
+
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+NOT_MEASURED, NOT_MEASURABLE = "not measured", "not measurable here"
+SIGNS = {"above": ">", "below": "<", "apart": "≠"}
+BANDS = 3  # of subjects' sizes, with equally many images of all methods
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim and its test: an effect, and the side of the bound on which it is claimed to lie.
+
+    The effect is the mean of `metric`; with `minus`, its paired difference to that method; with `slope_on`,
+    its slope on that measure among images of the same prompt.
+    """
+
+    claim: str  # in a few words
+    section: str  # of the paper
+    metric: str = ""  # of docs/metrics.md; empty where nothing here can test the claim
+    kind: str = "single"  # of the protocol
+    method: str = "moa"
+    minus: str | None = None  # a method
+    slope_on: str | None = None  # a measure
+    group: str | None = None  # of prompts; all if none is named
+    side: Literal["above", "below", "apart"] = "above"
+    bound: float = 0.0
+    note: str = ""  # where a bound other than 0 comes from; why nothing can be measured
+
+    def __post_init__(self) -> None:
+        if (not self.metric or self.bound) and not self.note:
+            raise ValueError(f"claim {self.claim!r} needs a note: why no metric, or where the bound is from")
+        if self.minus and self.slope_on:
+            raise ValueError(f"claim {self.claim!r}: give minus or slope_on, not both")
+
+    @property
+    def effect(self) -> str:
+        """What is compared with the bound."""
+        if not self.metric:
+            return ""
+        whose = f"{self.method} − {self.minus}" if self.minus else self.method
+        of = f"slope of {self.metric} on {self.slope_on}" if self.slope_on else self.metric
+        return f"{of}, {self.kind}{f' ({self.group})' if self.group else ''}: {whose}"
+
+
+def read_claims(path: str | Path) -> list[Claim]:
+    """Claims from YAML. Raises ValueError naming file and key of one that is mistyped."""
+    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    return [load(Claim, entry, f"{path}[{n}]") for n, entry in enumerate(entries)]
+
+
+# --- Verdicts ---------------------------------------------------------------------------------------------
+
+
+def verdict(effect: Interval, side: str, bound: float) -> str:
+    """The rule. Limits that are NaN, for there are too few subjects, decide nothing."""
+    low, high = effect.low - bound, effect.high - bound
+    if side == "apart":
+        return HOLDS if low > 0 or high < 0 else UNDECIDED
+    if side == "below":
+        low, high = -high, -low
+    return HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
+
+
+def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int] | str:
+    """The effect and how many units it is from, or what is missing."""
+    own = measures.get(claim.kind, claim.metric, claim.method, claim.group)
+    if not own:
+        return f"no {claim.metric} of {claim.method}, {claim.kind}"
+    if claim.slope_on:
+        return slope_within_prompts(own, measures.get(claim.kind, claim.slope_on, claim.method, claim.group))
+    if not claim.minus:
+        return own.mean(), len(own)
+    other = measures.get(claim.kind, claim.metric, claim.minus, claim.group)
+    common = own.common(other)
+    if not common:
+        return f"no {claim.metric} of {claim.minus}, {claim.kind}"
+    return own.minus(other), len(common)
+
+
+def slope_within_prompts(y: Values, x: Values) -> tuple[Interval, int] | str:
+    """Slope of y on x over images with both, less each prompt's means; or what is missing."""
+    units = y.common(x)
+    prompts = [unit.split("/")[-2] for unit in units]
+    if len(units) < 2:
+        return "fewer than two images with both measures"
+    a, b = (np.array([values.of[unit] for unit in units]) for values in (x, y))
+    for prompt in set(prompts):
+        same = np.array([other == prompt for other in prompts])
+        for values in (a, b):
+            values[same] -= values[same].mean()
+    if not np.ptp(a):
+        return "no two images of a prompt differ in size"
+    return slope(a, b, [y.members[unit] for unit in units]), len(units)
+
+
+def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
+    """A row of the ledger."""
+    row: dict[str, Any] = {"claim": claim.claim, "section": claim.section, "note": claim.note}
+    if not claim.metric:
+        return row | {"verdict": NOT_MEASURABLE}
+    bound = f"{SIGNS[claim.side]} {claim.bound:g}".replace("-", "−")
+    row |= {"effect": claim.effect, "holds_if": bound}
+    found = effect_of(claim, measures)
+    if isinstance(found, str):
+        return row | {"verdict": NOT_MEASURED, "note": found}
+    effect, units = found
+    decided = verdict(effect, claim.side, claim.bound)
+    return row | {"units": units, **limits("value", effect), "verdict": decided}
+
+
+def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
+    """One row for each claim."""
+    columns = (
+        "claim",
+        "section",
+        "effect",
+        "units",
+        "value",
+        "value_low",
+        "value_high",
+        "holds_if",
+        "verdict",
+        "note",
+    )
+    notes = (
+        "A claim holds if the effect's whole 95 % interval, over subjects, is on the claimed side of the "
+        "bound, does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
+        "Not measured: this run lacks the images. Not measurable here: nothing in this project tests it.",
+    )
+    return Table(columns, [judge(claim, measures) for claim in claims], notes)
+
+
+# --- The measures themselves ------------------------------------------------------------------------------
+
+
+def overview(measures: Measures) -> Table:
+    """Mean and interval of every measure, by kind and method."""
+    table = []
+    for kind, metric, method in sorted(measures, key=lambda key: (*key[:2], _rank(key[2]))):
+        values = measures.get(kind, metric, method)
+        about = {"kind": kind, "metric": metric, "method": method, "units": len(values)}
+        table.append(about | limits("value", values.mean()))
+    columns = ("kind", "metric", "method", "units", "value", "value_low", "value_high")
+    note = "docs/metrics.md has the formulas. Units: images, or pairs of images, that have a value."
+    return Table(columns, table, (note,))
+
+
+def _rank(method: str) -> tuple[int, str]:
+    return ORDER.index(method) if method in ORDER else len(ORDER), method
+
+
+def by_size(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """IP by the subject's size, in bands that hold equally many found images of all methods of a kind."""
+    table = []
+    for kind in sorted({row["kind"] for row in rows}):
+        own = [row for row in rows if row["kind"] == kind and row["found"]]
+        edges = np.quantile([row["face_size"] for row in own], np.linspace(0, 1, BANDS + 1)) if own else ()
+        for method, every in by_method(own).items():
+            bands = np.digitize([row["face_size"] for row in every], edges[1:-1])
+            for band in range(BANDS):
+                part = [row for row, b in zip(every, bands, strict=True) if b == band]
+                about = {"kind": kind, "method": method, "images": len(part)}
+                sizes = {"size_from": float(edges[band]), "size_to": float(edges[band + 1])}
+                scores = [row["ip"] for row in part]
+                ip = interval(scores, [row["subjects"] for row in part]) if part else None
+                table.append(about | sizes | (limits("ip", ip) if ip else {}))
+    columns = ("kind", "method", "size_from", "size_to", "images", "ip", "ip_low", "ip_high")
+    return Table(columns, table)
+
+
+# --- The stage --------------------------------------------------------------------------------------------
+
+
+def tabulate(
+    claims: str | Path,
+    sample_files: Sequence[str | Path],
+    kept: str | Path,
+    measured: Sequence[str | Path],
+    output: str | Path,
+    preserved: Sequence[str | Path] = (),
+    router: Sequence[str | Path] = (),
+    split: str = "test",
+) -> None:
+    """Write claims.{csv,md,tex}, metrics.{csv,md,tex} and sizes.csv into folder `output`.
+
+    Args:
+        claims: config/claims.yaml.
+        sample_files: scored rows.
+        kept: the file of `moa.evaluation.score.compare_swaps`.
+        measured: those of `moa.evaluation.measures.measure`.
+        output: folder.
+        preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.
+        router: the file of `moa.evaluation.router.record`, if there is a router.
+        split: whose images.
+
+    Raises:
+        DataError: no samples of that split, or a broken file. ValueError: a mistyped claim.
+    """
+    rows = [row for row in samples.read(sample_files) if row["split"] == split]
+    if not rows:
+        raise DataError(f"no samples of split {split}: generate and score its images first")
+    measures = everything(sample_files, kept, measured, preserved, router, split)
+    for name, table in {
+        "claims": ledger(read_claims(claims), measures),
+        "metrics": overview(measures),
+    }.items():
+        for form in FORMS:
+            save(table, Path(output) / f"{name}{form}")
+    save(by_size(rows), Path(output) / "sizes.csv")

@@ -1,0 +1,335 @@
+"""Measures of what the paper claims, from what the judges saw: a value an image, or a pair of images.
+
+docs/metrics.md gives every measure's formula. The `measure` stage computes those that need the judges'
+vectors and masks; `everything` joins them with those that stand in samples and comparisons already. No image
+is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from moa.choose import greedy_pairs
+from moa.data.records import read_rows, write_rows
+from moa.evaluation import context, features, samples
+from moa.evaluation.features import Features
+from moa.evaluation.maps import ROUTER
+from moa.evaluation.preserved import PRESERVED, layout
+from moa.evaluation.samples import KEPT, Row
+from moa.evaluation.statistics import Interval, interval
+
+Floats = NDArray[np.float64]
+Rows = Sequence[Mapping[str, Any]]
+
+MEASURE = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in {
+            "metric": pa.string(),
+            "method": pa.string(),
+            "split": pa.string(),
+            "kind": pa.string(),
+            "group": pa.string(),  # of the prompt
+            "unit": pa.string(),  # the image or pair of images; methods are paired by it
+            "members": pa.list_(pa.string()),  # the subjects that it belongs to
+            "value": pa.float64(),
+        }.items()
+    ],
+    metadata={"moa_schema": "measure/1"},
+)
+
+
+# --- One image, or two ------------------------------------------------------------------------------------
+
+
+def likeness_to_each(references: Floats, faces: Floats) -> tuple[float, float] | None:
+    """How like its own reference, and how like the others', the faces of an image are.
+
+    Args:
+        references: [S, D] unit vectors, S >= 2.
+        faces: [N, D] unit vectors, the largest face first.
+
+    Returns:
+        Mean cosine of each of the S largest faces with the reference that it is matched to (greedily, as for
+        IP), and with the other references; both -1..1. None if there are fewer faces than references.
+    """
+    wanted = len(references)
+    if len(faces) < wanted:
+        return None
+    similarity = references @ faces[:wanted].T
+    pairs = greedy_pairs(similarity)
+    own = np.mean([similarity[pair] for pair in pairs])
+    return float(own), float((similarity.sum() - own * wanted) / (wanted * (wanted - 1)))
+
+
+def first_face(seen: Features, size: int) -> Floats:
+    """[D] unit vector of the largest face; zeros, which resemble nobody, if there is none."""
+    return seen.identity[0] if len(seen.identity) else np.zeros(size)
+
+
+def swapped(faces: Floats, references: Floats) -> dict[str, float]:
+    """What a swap did to the faces.
+
+    Args:
+        faces: [2, D], the largest face of each image; a row of zeros where there is none.
+        references: [2, D] unit vectors of the two subjects, in the same order.
+
+    Returns:
+        swap_right and swap_other, the mean cosines with the image's own reference and with the other one;
+        their difference swap_margin; and swap_named, the share of the images nearer to their own.
+    """
+    similarity = faces @ references.T
+    right, other = np.diag(similarity), np.diag(similarity[:, ::-1])
+    return {
+        "swap_right": float(right.mean()),
+        "swap_other": float(other.mean()),
+        "swap_margin": float((right - other).mean()),
+        "swap_named": float((right > other).mean()),
+    }
+
+
+def seed_pairs(rows: Rows) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Pairs of a method's rows of one kind, with the same prompt text and different noise.
+
+    Of the same subjects if the protocol draws several images for them; otherwise of different ones.
+    """
+    for names in (("subject", "prompt"), ("prompt",)):
+        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in sorted(rows, key=samples.sort_key):
+            key = (row["train_seed"], row["split"], row["kind"], *(row[name] for name in names))
+            groups.setdefault(key, []).append(row)
+        pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+        if different := [(a, b) for a, b in pairs if a["seed"] != b["seed"]]:
+            return different
+    return []
+
+
+# --- From rows --------------------------------------------------------------------------------------------
+
+
+def unit_of(row: Mapping[str, Any], *more: str) -> str:
+    """The name under which methods are paired."""
+    return "/".join([row["subject"], *more, row["prompt_id"], str(row["index"])])
+
+
+def measure_row(row: Mapping[str, Any], metric: str, value: float | None, **changes: Any) -> Iterator[Row]:
+    """The `MEASURE` row of a sample, if there is a value."""
+    if value is not None:
+        group = row.get("prompt_group", "")
+        about = {name: row[name] for name in ("method", "split", "kind")} | {"group": group}
+        own = changes or {"unit": unit_of(row), "members": row["subjects"]}
+        yield {"metric": metric, "value": float(value), **about, **own}
+
+
+def of_samples(rows: Rows) -> Iterator[Row]:
+    """ip, pc, missing and size of each image; size only where everyone was found."""
+    for row in rows:
+        yield from measure_row(row, "ip", row["ip"])
+        yield from measure_row(row, "pc", row["pc"])
+        wanted = len(row["subjects"])
+        yield from measure_row(row, "missing", max(wanted - row["faces"], 0) / wanted)
+        yield from measure_row(row, "size", row["face_size"] if row["found"] else None)
+
+
+def of_pairs(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, Features]) -> Iterator[Row]:
+    """own, leak and apart of images with several subjects."""
+    for row in rows:
+        if len(row["subjects"]) > 1:
+            wanted = np.stack([references[name].identity[0] for name in row["subjects"]])
+            if found := likeness_to_each(wanted, seen[row["path"]].identity):
+                own, other = found
+                for metric, value in (("own", own), ("leak", other), ("apart", own - other)):
+                    yield from measure_row(row, metric, value)
+
+
+def of_swaps(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, Features]) -> Iterator[Row]:
+    """`swapped` of each two images that differ in their one subject only."""
+    for one, other in context.swaps([row for row in rows if len(row["subjects"]) == 1]):
+        wanted = np.stack([references[row["subject"]].identity[0] for row in (one, other)])
+        faces = np.stack([first_face(seen[row["path"]], wanted.shape[1]) for row in (one, other)])
+        members = [one["subject"], other["subject"]]
+        unit = unit_of(one, other["subject"])
+        for metric, value in swapped(faces, wanted).items():
+            yield from measure_row(one, metric, value, unit=unit, members=members)
+
+
+def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
+    """vary_layout and vary_clip: how unlike two images of one prompt and different noise are."""
+    kinds = sorted({row["kind"] for row in rows})
+    pairs = [pair for kind in kinds for pair in seed_pairs([row for row in rows if row["kind"] == kind])]
+    for one, other in pairs:
+        a, b = seen[one["path"]], seen[other["path"]]
+        common = layout(a.persons, b.persons)
+        values = {
+            "vary_layout": None if common is None else 1 - common,
+            "vary_clip": 1 - float(a.clip @ b.clip),
+        }
+        members = sorted({*one["subjects"], *other["subjects"]})
+        unit = unit_of(one, other["subject"], str(other["index"]))
+        for metric, value in values.items():
+            yield from measure_row(one, metric, value, unit=unit, members=members)
+
+
+def of_kept(rows: Rows) -> Iterator[Row]:
+    """swap_psnr and swap_ssim, from `KEPT` rows."""
+    for row in rows:
+        for metric in ("psnr", "ssim"):
+            unit = unit_of(row, row["other"])
+            yield from measure_row(row, f"swap_{metric}", row[metric], unit=unit, members=row["members"])
+
+
+def of_preserved(rows: Rows) -> Iterator[Row]:
+    """prior_*, and seed_* = prior_* less the same against other noise, from `PRESERVED` rows."""
+    for row in rows:
+        for metric in ("psnr", "ssim", "layout"):
+            same, noise = row[metric], row[f"noise_{metric}"]
+            yield from measure_row(row, f"prior_{metric}", same)
+            gained = None if same is None or noise is None else same - noise
+            yield from measure_row(row, f"seed_{metric}", gained)
+
+
+def of_router(rows: Rows) -> Iterator[Row]:
+    """Prior weights of each image over the layers L, and how their contrast differs, from `ROUTER` rows.
+
+    Images in which nobody, or nothing but people, was found have no values.
+    """
+    images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
+    for own in images.values():
+        if own[0]["inside"] is None or own[0]["outside"] is None:
+            continue
+        row = {**own[0], "method": "moa", "split": "validation"}
+        for metric, value in _router_values(own).items():
+            yield from measure_row(row, metric, value)
+
+
+def _router_values(rows: Rows) -> dict[str, float | None]:
+    """The router's measures of one image."""
+    middle = np.median([row["timestep"] for row in rows])
+
+    def mean(column: Callable[[Mapping[str, Any]], float], part: Rows) -> float | None:
+        return float(np.mean([column(row) for row in part])) if part else None
+
+    def contrast(row: Mapping[str, Any]) -> float:
+        return float(row["outside"] - row["inside"])
+
+    def less(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else one - other
+
+    ours = [row for row in rows if row["in_losses"]]
+    rest = mean(contrast, [row for row in rows if not row["in_losses"]])
+    early = mean(contrast, [row for row in ours if row["timestep"] > middle])
+    late = mean(contrast, [row for row in ours if row["timestep"] <= middle])
+    return {
+        "router_outside": mean(lambda row: row["outside"], ours),
+        "router_inside": mean(lambda row: row["inside"], ours),
+        "router_contrast": mean(contrast, ours),
+        "router_layers": less(mean(contrast, ours), rest),
+        "router_timesteps": less(early, late),
+    }
+
+
+# --- The stage --------------------------------------------------------------------------------------------
+
+
+def measure(made: str | Path, seen: str | Path, references: str | Path, output: str | Path) -> None:
+    """Write the `MEASURE` rows that need the judges' vectors or masks.
+
+    Args:
+        made: `SAMPLE` rows of a method.
+        seen: their features.
+        references: features of the subjects' photos, by id.
+        output: parquet file to write.
+    """
+    rows, found, wanted = samples.read(made), features.read(seen), features.read(references)
+    values = [*of_pairs(rows, found, wanted), *of_swaps(rows, found, wanted), *of_seeds(rows, found)]
+    write_rows(output, values, MEASURE)
+
+
+def everything(
+    sample_files: Sequence[str | Path],
+    kept: str | Path,
+    measured: Sequence[str | Path],
+    preserved: Sequence[str | Path] = (),
+    router: Sequence[str | Path] = (),
+    split: str = "test",
+) -> Measures:
+    """All measures of a split; the router's are of the images on which it was recorded.
+
+    Args:
+        sample_files: scored rows.
+        kept: `KEPT` rows.
+        measured: what `measure` wrote.
+        preserved: `PRESERVED` rows, if there is a prior.
+        router: `ROUTER` rows, if there is a router.
+        split: whose images.
+    """
+
+    def of(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [row for row in rows if row["split"] == split]
+
+    return Measures(
+        [
+            *of_samples(of(samples.read(sample_files))),
+            *of_kept(of(read_rows(kept, KEPT))),
+            *of(read_rows(measured, MEASURE)),
+            *of_preserved(of(read_rows(preserved, PRESERVED))),
+            *of_router(read_rows(router, ROUTER)),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Values:
+    """A measure of a method, by unit; several training seeds are averaged."""
+
+    of: dict[str, float]
+    members: dict[str, Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def common(self, other: Values) -> list[str]:
+        """Units that both have a value for."""
+        return sorted(set(self.of) & set(other.of))
+
+    def mean(self) -> Interval:
+        """Mean over units, with its interval over subjects."""
+        return interval(list(self.of.values()), [self.members[unit] for unit in self.of])
+
+    def minus(self, other: Values) -> Interval:
+        """Mean paired difference over the units that both have. Raises ValueError if there are none."""
+        units = self.common(other)
+        return interval([self.of[u] - other.of[u] for u in units], [self.members[u] for u in units])
+
+
+class Measures:
+    """`MEASURE` rows, to be asked for by metric, kind and method."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        self._rows: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            self._rows.setdefault((row["kind"], row["metric"], row["method"]), []).append(row)
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        """(kind, metric, method) of all that there is, in the order of their names."""
+        return iter(sorted(self._rows))
+
+    def get(self, kind: str, metric: str, method: str, group: str | None = None) -> Values:
+        """The values, of one group of prompts or of all; empty if nothing was measured."""
+        values: dict[str, list[float]] = {}
+        members: dict[str, Sequence[str]] = {}
+        for row in self._rows.get((kind, metric, method), ()):
+            if group in (None, row["group"]):
+                values.setdefault(row["unit"], []).append(row["value"])
+                members[row["unit"]] = row["members"]
+        return Values({unit: float(np.mean(values[unit])) for unit in sorted(values)}, members)
