@@ -99,17 +99,29 @@ def generate(moa: MoA, requests: Sequence[Request], thresholds: Sequence[float])
     return made
 
 
-def active(recordings: Sequence[Recording], threshold: float) -> float:
-    """Share of pixels, over layers and steps at which the router decides, with more than τ for the expert."""
-    counts = np.array(
-        [
-            (np.count_nonzero(1 - maps > threshold), maps.size)
-            for recording in recordings
-            for maps in recording.maps.values()
+def active_shares(moa: MoA, requests: Sequence[Request], thresholds: Sequence[float]) -> dict[float, float]:
+    """For each τ, and 0, the share of pixels with more than τ for the expert while sampling is dense.
+
+    Over layers and over the steps at which the router decides, in the conditional half.
+    """
+    recorder, before = MoARecorder(moa), moa.conditioner.sparse_threshold
+    moa.conditioner.sparse_threshold = 0.0
+    try:
+        counts = [
+            active_pixels(recorder.record(batch), (0.0, *thresholds))
+            for batch in in_batches(requests, moa.sampling.batch_size)
         ]
-    )
-    above, pixels = counts.sum(axis=0)
-    return float(above / pixels)
+    finally:
+        moa.conditioner.sparse_threshold = before
+    *above, pixels = np.sum(counts, axis=0)
+    return dict(zip((0.0, *thresholds), (float(n / pixels) for n in above), strict=True))
+
+
+def active_pixels(recording: Recording, thresholds: Sequence[float]) -> list[int]:
+    """How many pixels, of all layers and steps, lie above each threshold; and how many there are."""
+    weights = [1 - maps for maps in recording.maps.values()]
+    above = [sum(int(np.count_nonzero(w > threshold)) for w in weights) for threshold in thresholds]
+    return [*above, sum(w.size for w in weights)]
 
 
 def likeness(one: Sequence[Image.Image], other: Sequence[Image.Image]) -> np.ndarray:
@@ -145,8 +157,7 @@ def run(
     wanted = [samples.to_request(row, people) for row in rows]
     moa.generate(wanted[: config.sampling.batch_size])  # warms up
     made = generate(moa, wanted, (0.0, *config.thresholds))
-    recorder = MoARecorder(moa)
-    recordings = [recorder.record(batch) for batch in in_batches(wanted, config.sampling.batch_size)]
+    shares = active_shares(moa, wanted, config.thresholds)
     judges = config.judges()
     names = {name for row in rows for name in row["subjects"]}
     references = reference_features(judges, {name: s.image for name, s in people.items()}, names)
@@ -168,7 +179,7 @@ def run(
             {
                 "threshold": threshold,
                 "images": len(rows),
-                "active": active(recordings, threshold),
+                "active": shares[threshold],
                 "psnr": float(alike.mean()) if threshold else None,
                 "psnr_least": float(alike.min()) if threshold else None,
                 **limits("ip", interval(identity(turns.images), [row["subjects"] for row in rows])),

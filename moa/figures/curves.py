@@ -117,7 +117,7 @@ def sparse(table: str | Path, output: str | Path) -> None:
         table: CSV of `moa.evaluation.sparse`; its row with τ = 0 is the dense run.
         output: PNG file.
     """
-    columns = read_columns(table, ("threshold", "psnr", "ip", "ip_low", "ip_high", "active", "cpu_ratio"))
+    columns = read_columns(table, ("threshold", "psnr", "ip", "ip_low", "ip_high", "active", "time_ratio"))
     dense, rest = columns["threshold"] == 0, columns["threshold"] > 0
     if not dense.any() or not rest.any():
         raise DataError(f"{table} lacks the dense run or a threshold; make it again")
@@ -132,7 +132,7 @@ def sparse(table: str | Path, output: str | Path) -> None:
     identity.plot(tau, columns["ip"][rest], marker="o", color=COLORS["moa"], label="sparse")
     identity.set(title="identity (IP)")
     for name, label, color in (
-        ("cpu_ratio", "CPU time, dense = 1", COLORS["moa"]),
+        ("time_ratio", "time, dense = 1", COLORS["moa"]),
         ("active", "pixels left to the expert", COLORS["fastcomposer"]),
     ):
         saved.plot(tau, columns[name][rest], marker="o", color=color, label=label)

@@ -22,8 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moa.hashing import file_hash
-
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
@@ -155,15 +153,23 @@ def inside(found: Path, folder: Path) -> bool:
 def own_folder(folder: Path, resume: str) -> tuple[Path, str]:
     """The folder of a run and what it begins with there, for a run that would save into `folder`.
 
-    A run that begins with another run's checkpoint gets a folder of its own, named after that checkpoint, so
-    that a killed one goes on there, and the run without it never mistakes these checkpoints for its own.
+    A run that begins with another run's checkpoint gets a folder of its own, named after the given path: a
+    killed one goes on there, whatever became of that checkpoint, and the run without it never takes these
+    checkpoints for its own. Raises FileNotFoundError as `find`.
     """
-    found = find(folder, resume)
-    if found is None or inside(found, folder):
+    if resume in ("latest", "none") or (folder / resume).is_dir():
         return folder, resume
-    start = key(checkpoint=[file_hash(found / name) for name in ("state.json", "weights.safetensors")])
-    own = folder.with_name(f"{folder.name}-from-{start}")
-    return own, "latest" if latest(own) else str(found)
+    branch = f"{folder.name}-from-"
+    own = folder.with_name(branch + key(path=str(Path(resume).resolve())))
+    if latest(own):
+        return own, "latest"
+    found = find(folder, resume)
+    assert found is not None
+    if inside(found, folder):
+        return folder, resume
+    if inside(found.parent, folder.parent) and found.parent.name.startswith(branch):
+        return found.parent, found.name
+    return own, str(found)
 
 
 def rewind(folder: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from test_router import make_moa, requests  # noqa: F401
 
 from moa.data.records import write_rows
 from moa.evaluation import samples, sparse
-from moa.evaluation.router import MoARecorder, Recording
+from moa.evaluation.router import Recording
 from moa.evaluation.samples import REQUEST
 from moa.methods import ModelSource
 
@@ -44,9 +44,7 @@ def test_active_pixels_are_counted_over_layers_of_any_size():
         "coarse": np.array([[[[0.5, 1.0]]]], dtype=np.float32),
         "fine": np.array([[[[0.8, 0.97], [0.99, 1.0]]]], dtype=np.float32),
     }
-    recording = Recording([], [1], maps)
-    assert sparse.active([recording], 0.02) == pytest.approx(3 / 6)
-    assert sparse.active([recording, recording], 0.4) == pytest.approx(1 / 6)
+    assert sparse.active_pixels(Recording([], [1], maps), (0.02, 0.4)) == [3, 1, 6]
 
 
 def test_likeness_is_the_psnr_of_whole_images():
@@ -82,8 +80,8 @@ def test_thresholds_are_weights():
         config(thresholds=(0.0,))
 
 
-def test_the_recorder_sees_the_dense_router(requests):  # noqa: F811
+def test_shares_are_those_of_the_dense_router(requests):  # noqa: F811
     moa = make_moa("expert")
-    recording = MoARecorder(moa).record(requests)
-    assert sparse.active([recording], 0.26) == 1
-    assert sparse.active([recording], 0.28) == 0
+    moa.conditioner.sparse_threshold = 0.3
+    assert sparse.active_shares(moa, requests, (0.26, 0.28)) == {0.0: 1, 0.26: 1, 0.28: 0}
+    assert moa.conditioner.sparse_threshold == 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -98,9 +99,24 @@ def test_a_killed_training_that_began_elsewhere_goes_on_and_is_nobody_elses(
     assert steps == [0, 1, 2, 3, 4]
     assert json.loads((output / "train.json").read_text())["began_with"] == ""
     steps.clear()
+    shutil.rmtree(start)  # it is not needed any more
     moa.run(long, shards, subjects, output, resume=start)
     assert steps == [3, 4]
     assert json.loads((output / "train.json").read_text())["began_with"].startswith(start)
+
+
+def test_a_checkpoint_of_a_branch_is_named_by_its_path(tmp_path):
+    trunk, elsewhere = tmp_path / "moa-0123", tmp_path / "other"
+    for folder in (trunk / "step-00000001", elsewhere / "step-00000002"):
+        folder.mkdir(parents=True)
+    branch, first = checkpoint.own_folder(trunk, str(elsewhere))
+    assert branch.parent == trunk.parent
+    assert first == str(elsewhere / "step-00000002")
+    (branch / "step-00000003").mkdir(parents=True)
+    assert checkpoint.own_folder(trunk, str(elsewhere)) == (branch, "latest")
+    assert checkpoint.own_folder(trunk, str(branch / "step-00000003")) == (branch, "step-00000003")
+    for own in ("latest", "none", "step-00000001", str(trunk / "step-00000001"), str(trunk)):
+        assert checkpoint.own_folder(trunk, own) == (trunk, own)
 
 
 def test_what_does_not_fit_is_refused(models, shards, subjects, tmp_path):
