@@ -13,6 +13,7 @@ import base64
 import csv
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -41,14 +42,14 @@ SECTIONS = (
         "Result",
         "IP: identity preservation, the cosine between the generated and the real face, 0..1. PC: prompt "
         "consistency, the cosine between image and prompt. Intervals are 95 %, with the subject as the unit. "
-        "Rows whose source is `published` were measured by others on photographs: they are for orientation "
+        "Rows whose source is published were measured by others on photographs: they are for orientation "
         "and cannot be compared with ours in the miniature world.",
         ("tables/main.csv", "figures/scores.png", "figures/benchmark.png"),
     ),
     Section(
         "Differences, and the way from floor to ceiling",
-        "Differences are paired: the same subject, prompt and noise. `prior` and `moa_wrong_subject` are "
-        "floors, `ceiling` is the true subject drawn again and sent through the autoencoder.",
+        "Differences are paired: the same subject, prompt and noise. prior and moa_wrong_subject are "
+        "floors, ceiling is the true subject drawn again and sent through the autoencoder.",
         ("tables/differences.csv", "tables/progress.csv"),
     ),
     Section(
@@ -71,7 +72,12 @@ SECTIONS = (
         ("tables/router.csv", "figures/router.png", "notebooks/*.ipynb"),
     ),
     Section("By kind of prompt", "", ("tables/groups.csv",)),
-    Section("Training", "", ("figures/training.png", "train/moa/*.png", "train/fastcomposer/*.png")),
+    Section(
+        "Training",
+        "The curves of two methods cannot be compared: timesteps, masks and what is trained differ. "
+        "FastComposer's denoising loss takes the mask in half of its batches only, hence its noise.",
+        ("figures/training.png", "train/moa/*.png", "train/fastcomposer/*.png"),
+    ),
     Section("Cost on this machine", "", ("tables/cost.csv",)),
     Section(
         "Data",
@@ -80,27 +86,50 @@ SECTIONS = (
     ),
 )
 
+LONG = 40  # rows; tables with more are folded away
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def cell(text: str) -> str:
-    """A table's cell: numbers with as many digits as a person reads."""
-    try:
-        number = float(text)
-    except ValueError:
+    """A table's cell: numbers, which tables write with four decimals, with as many as a person reads."""
+    if re.fullmatch(r"-?\d+", text):
+        return f"{int(text):,}"
+    if not re.fullmatch(r"-?\d+\.\d{4,}", text):
         return escape(text)
-    whole = number.is_integer() and "." not in text and "e" not in text.lower()
-    return f"{int(number):,}" if whole else f"{number:.4g}" if abs(number) < 1 else f"{number:,.2f}"
+    number = float(text) + 0.0  # no "-0"
+    return f"{number:.4g}" if abs(number) < 1 else f"{number:,.2f}"
+
+
+def folded(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Cells of a table with its head, where x, x_low and x_high are one column: x [low, high]."""
+    place = {name: n for n, name in enumerate(rows[0])}
+    limits = {n for n in place if n.endswith(("_low", "_high")) and n.rsplit("_", 1)[0] in place}
+    kept = [name for name in place if name not in limits]
+
+    def joined(row: Sequence[str], name: str) -> str:
+        value = cell(row[place[name]])
+        ends = [row[place[end]] for end in (f"{name}_low", f"{name}_high") if end in limits]
+        return f"{value} [{', '.join(map(cell, ends))}]" if ends and all(ends) else value
+
+    return [[escape(name) for name in kept], *([joined(row, name) for name in kept] for row in rows[1:])]
 
 
 def table_html(path: Path) -> str:
-    """A CSV file as an HTML table."""
+    """A CSV file as an HTML table; a long one is folded away."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    table = rows_html(folded(rows))
+    if len(rows) <= LONG:
+        return table
+    return f"<details><summary>{len(rows) - 1} rows</summary>{table}</details>"
+
+
+def rows_html(rows: Sequence[Sequence[str]]) -> str:
+    """Escaped cells, the head first, as an HTML table."""
+    head = "".join(f"<th>{name}</th>" for name in rows[0])
     body = "".join(
         f"<tr{' class=published' if 'published' in row else ''}>"
-        + "".join(f"<td>{cell(v)}</td>" for v in row)
+        + "".join(f"<td>{value}</td>" for value in row)
         + "</tr>"
         for row in rows[1:]
     )
@@ -119,14 +148,28 @@ def notebook_html(notebook: Mapping[str, Any]) -> str:
         if entry["cell_type"] == "markdown":
             title, _, text = "".join(entry["source"]).partition("\n")
             mark = "h3" if title.startswith("#") else "p"
-            parts.append(f"<{mark}>{escape(title.lstrip('# '))}</{mark}><p>{escape(text)}</p>")
+            parts.append(f"<{mark}>{plain(title.lstrip('# '))}</{mark}><p>{plain(text)}</p>")
         for shown in entry.get("outputs", ()):
             data = shown.get("data", {})
             if "image/png" in data:
                 parts.append(image_html("".join(data["image/png"]), "figure of the notebook"))
             elif text := data.get("text/markdown") or shown.get("text"):
-                parts.append(f"<pre>{escape(''.join(text))}</pre>")
+                parts.append(printed_html("".join(text)))
     return "".join(parts)
+
+
+def plain(text: str) -> str:
+    """Markdown's text without its marks, escaped."""
+    return escape(re.sub(r"[`*]", "", text))
+
+
+def printed_html(text: str) -> str:
+    """What a notebook printed: a Markdown table as an HTML table, the rest as it stands."""
+    lines = text.strip().splitlines()
+    if len(lines) < 3 or not all(line.startswith("|") for line in lines):
+        return f"<pre>{escape(text)}</pre>"
+    rows = [[plain(value.strip()) for value in line.strip("|").split("|")] for line in lines]
+    return rows_html([rows[0], *rows[2:]])
 
 
 def file_html(path: Path) -> str:

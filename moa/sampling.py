@@ -92,8 +92,9 @@ def load_adapter(
     folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> MoAAdapter:
     """A trained MoA adapter. Raises FileNotFoundError or ValueError naming the folder."""
-    adapter = _load(MoAAdapter.from_pretrained, "moa", folder, "train again with `python -m moa train`")
-    return adapter.to(device, dtype).requires_grad_(False).eval()
+    cure = "train again with `python -m moa train`"
+    adapter = _load(MoAAdapter.from_pretrained, "moa", folder, cure, dtype=dtype)
+    return adapter.to(device).requires_grad_(False).eval()
 
 
 def crop_side(processor: CLIPImageProcessor) -> int:

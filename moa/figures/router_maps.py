@@ -65,7 +65,7 @@ def _block(axes: Any, saved: SavedMaps, image: int, steps: Sequence[int], layers
 
 
 def router_maps(
-    maps: str | Path, output: str | Path, images: int = 2, steps: int = 5, layers: int = 8
+    maps: str | Path, output: str | Path, images: int = 2, steps: int = 5, layers: int = 16
 ) -> None:
     """Draw saved router maps.
 
@@ -78,4 +78,7 @@ def router_maps(
     names = list(saved.maps)
     chosen = [names[i] for i in pick(layers, len(names))]
     shown = list(range(min(images, len(saved.images))))
-    save_plot(draw(saved, shown, pick(steps, len(saved.timesteps)), chosen), output)
+    figure = draw(saved, shown, pick(steps, len(saved.timesteps)), chosen)
+    if len(chosen) < len(names):
+        figure.supxlabel(f"{len(chosen)} of {len(names)} layers", fontsize=8)
+    save_plot(figure, output)

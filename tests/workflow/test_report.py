@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,34 @@ def test_what_an_earlier_configuration_left_is_not_shown(results: Path) -> None:
 )
 def test_cells(text: str, shown: str) -> None:
     assert report.cell(text) == shown
+
+
+def test_intervals_are_folded_and_text_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "section,n,ip,ip_low,ip_high,x_low\n2.2,1200,0.5,,,\n3,7,-0.0000,-0.1000,1234.5678,4\n"
+    )
+    html = report.table_html(tmp_path / "t.csv")
+    cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", html)
+    assert cells == [
+        "section",
+        "n",
+        "ip",
+        "x_low",
+        "2.2",
+        "1,200",
+        "0.5",
+        "",
+        "3",
+        "7",
+        "0 [-0.1, 1,234.57]",
+        "4",
+    ]
+    assert "<details>" not in html
+    (tmp_path / "t.csv").write_text("n\n" + "1\n" * 41)
+    assert report.table_html(tmp_path / "t.csv").startswith("<details><summary>41 rows</summary>")
+
+
+def test_printed_markdown_tables_become_tables() -> None:
+    html = report.printed_html("| a | `b` |\n|---|---|\n| 1 | *<2>* |")
+    assert re.findall(r"<t[hd]>(.*?)</t[hd]>", html) == ["a", "b", "1", "&lt;2&gt;"]
+    assert report.printed_html("| not\na table") == "<pre>| not\na table</pre>"
