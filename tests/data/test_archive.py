@@ -173,7 +173,7 @@ def spoil(root: Path, how: str) -> None:
     elif how == "corners":
         add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0.5, 0, 3, 4]}])
     elif how in ("caption", "word", "coco_label"):
-        changes = {"caption": ["a", "man"]} if how == "caption" else {"segments": [SEGMENTS[0] | {how: 3}]}
+        changes = {"caption": list(CAPTION)} if how == "caption" else {"segments": [SEGMENTS[0] | {how: 3}]}
         add(root, "0000001", **changes)
     elif how == "surrogate":
         add(root, "0000001", segments=[SEGMENTS[0] | {"word": "\ud800"}])

@@ -80,11 +80,10 @@ def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, proj
     data = project / "results/paper/data"
     shards = "train-000", "train-001", "validation-000"
     made = [f"{folder}/{shard}.parquet" for folder in ("raw", "quarantined") for shard in shards]
-    for name in ("photos.parquet", "photos.checked", *made, "quarantine.csv", "quarantine.passed"):
+    ends = "quarantine.csv", "quarantine.passed", "../benchmarks/quarantine.tsv"
+    for name in ("photos.parquet", "photos.checked", *made, *ends):  # as if it had been made
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_text("first")
-    done = snakemake("quarantine", "--touch", "--cores", "1", config=config)  # as if it had been made
-    assert done.returncode == 0, done.stdout + done.stderr
     done = snakemake("quarantine", "--dry-run", config=config)
     assert "Nothing to be done" in done.stdout + done.stderr
 
