@@ -291,6 +291,18 @@ def by_id(rows: Sequence[Row], wanted: Sequence[str], path: str | Path) -> Mappi
     return listed
 
 
+def check_rejected(
+    raw: str | Path, photos: Sequence[Row], refused: Sequence[Row], config: AlignConfig
+) -> None:
+    """Raise DataError, with the counts, if more than `max_rejected` of a raw shard's photos was rejected."""
+    if len(refused) > config.max_rejected * len(photos):
+        counts = dict(Counter(row["reason"] for row in refused).most_common())
+        raise DataError(
+            f"{raw}: {len(refused)} of {len(photos)} photos were rejected {counts}, more than max_rejected "
+            f"{config.max_rejected}; look at photos and annotators, or raise data.align.max_rejected"
+        )
+
+
 def run(
     config: AlignConfig,
     split: str,
@@ -318,10 +330,5 @@ def run(
         except Rejected as why:
             refused.append({"id": row["id"], "reason": why.reason, "detail": why.detail})
     write_rows(rejected, refused, REJECTED)
-    if len(refused) > config.max_rejected * len(photos):
-        counts = dict(Counter(row["reason"] for row in refused).most_common())
-        raise DataError(
-            f"{raw}: {len(refused)} of {len(photos)} photos were rejected {counts}, more than max_rejected "
-            f"{config.max_rejected}; look at photos and annotators, or raise data.align.max_rejected"
-        )
+    check_rejected(raw, photos, refused, config)
     write_rows(records, kept, RECORD)

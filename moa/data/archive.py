@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from moa.data.align import AlignConfig, check_tokens, check_visible, large_enough
+from moa.data.align import AlignConfig, check_rejected, check_tokens, check_visible, large_enough
 from moa.data.annotators import load
 from moa.data.errors import DataError, Rejected
 from moa.data.phrases import Phrase
@@ -96,17 +96,20 @@ def people(row: Row, tokenizer: Any, config: AlignConfig) -> Row:
 def run(config: AlignConfig, split: str, raw: Path, root: Path, records: Path, rejected: Path) -> None:
     """Turn a raw shard of an archive's photos into records with the archive's captions and masks.
 
-    Raises DataError for a bad shard, or an annotation that changed since the shard was made.
+    Raises DataError for a bad shard, an annotation that changed since the shard was made, and if more than
+    `max_rejected` of the shard was rejected; the rejected rows are written even then.
     """
     tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
     kept: list[Row] = []
     refused: list[Row] = []
-    for photo in tqdm(read_rows(raw, RAW), desc=f"archive {raw.stem}", unit="photo"):
+    photos = read_rows(raw, RAW)
+    for photo in tqdm(photos, desc=f"archive {raw.stem}", unit="photo"):
         try:
             kept.append(people(record(photo, root, split), tokenizer, config))
         except Rejected as why:
             refused.append({"id": photo["id"], "reason": why.reason, "detail": why.detail})
     write_rows(rejected, refused, REJECTED)
+    check_rejected(raw, photos, refused, config)
     write_rows(records, kept, RECORD)
 
 
@@ -143,7 +146,7 @@ def annotation(row: Row) -> dict[str, Any]:
 
 def write_record(root: Path, row: Row) -> None:
     """Write the three files of a record. Raises DataError for an id that is no plain file name."""
-    if "/" in row["id"] or row["id"].startswith("."):
+    if not row["id"] or "/" in row["id"] or row["id"].startswith("."):
         raise DataError(f"{row['id']!r} cannot be a file's name in an archive; set data.photos.ids to name")
     image, about, mask = (root / archive_file(row["id"], suffix) for suffix in (".jpg", ".json", ".npy"))
     data, text = image_bytes(row), json.dumps(annotation(row), ensure_ascii=False)
@@ -156,9 +159,11 @@ def write_record(root: Path, row: Row) -> None:
 def export(records: Sequence[Path], output: Path) -> None:
     """Write records as an archive that FastComposer's loader reads; the lists of ids come last.
 
-    Its loader wants ids that are numbers. Raises DataError for bad shards, an id that comes twice, or one
-    that is no file name.
+    Its loader wants ids that are numbers. Raises DataError for bad shards, an id that comes twice, one that
+    is no file name, or an archive that is there already.
     """
+    if (output / "image_ids.txt").exists():
+        raise DataError(f"{output} holds an archive, whose lists of ids would be lost; name another folder")
     lists: dict[str, list[str]] = {"": [], **{name: [] for name in SPLITS.values()}}
     for shard in tqdm(list(records), desc="export", unit="shard"):
         for row in read_rows(shard, RECORD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -136,6 +137,26 @@ def test_an_id_for_training_and_testing_is_an_error(root, tmp_path):
         lock.run(config(root, "fastcomposer"), tmp_path / "index.parquet")
 
 
+def test_an_id_in_any_list_is_listed(root, tmp_path):
+    (root / "image_ids.txt").write_text("0000000\n0000001\n")
+    kept, aside = ingest(config(root, "fastcomposer"), tmp_path, ONE)
+    assert len(kept) == 4 and not aside
+
+
+def test_a_list_in_another_encoding_is_named(root, tmp_path):
+    (root / "image_ids_train.txt").write_bytes(b"latin-\xe9\n")
+    with pytest.raises(DataError, match=r"image_ids_train\.txt is no text in UTF-8"):
+        lock.run(config(root, "fastcomposer"), tmp_path / "index.parquet")
+
+
+def claim(shape: tuple[int, ...]) -> bytes:
+    """A .npy that claims such a shape and holds one number."""
+    file = io.BytesIO()
+    header = {"descr": "<i4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + bytes(4)
+
+
 def spoil(root: Path, how: str) -> None:
     about, mask = root / "00000/0000001.json", root / "00000/0000001.npy"
     if how == "missing":
@@ -143,13 +164,30 @@ def spoil(root: Path, how: str) -> None:
     elif how == "unlisted":
         (root / "image_ids_train.txt").write_text("0000000\n0000002\n")
     elif how == "name":
-        (root / "image_ids.txt").write_text("0000000\n../../secret\n0000002\n0100003\n")
+        for listed in ("image_ids.txt", "image_ids_train.txt"):
+            (root / listed).write_text("0000000\n../../secret\n0000002\n")
     elif how == "no json":
         about.write_text("{")
     elif how == "offsets":
         add(root, "0000001", segments=[SEGMENTS[0] | {"end": 900}])
     elif how == "corners":
         add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0.5, 0, 3, 4]}])
+    elif how in ("caption", "word", "coco_label"):
+        changes = {"caption": list(CAPTION)} if how == "caption" else {"segments": [SEGMENTS[0] | {how: 3}]}
+        add(root, "0000001", **changes)
+    elif how == "surrogate":
+        add(root, "0000001", segments=[SEGMENTS[0] | {"word": "\ud800"}])
+    elif how == "large id":
+        add(root, "0000001", segments=[SEGMENTS[0] | {"id": 2**70}])
+    elif how == "deep":
+        about.write_text("[" * 100_000)
+    elif how == "npz":
+        with mask.open("wb") as file:
+            np.savez(file, np.zeros((24, 32), np.int32))
+    elif how == "huge":
+        mask.write_bytes(claim((10**7, 10**7)))
+    elif how == "cut":
+        mask.write_bytes(claim((24, 32)))
     elif how == "pickle":
         np.save(mask, np.array([{}], object), allow_pickle=True)
     else:
@@ -159,7 +197,9 @@ def spoil(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [(h, h) for h in ("missing", "unlisted", "name")]
-    + [(h, "annotation") for h in ("no json", "offsets", "corners", "pickle", "size")],
+    + [(h, "annotation") for h in ("no json", "offsets", "corners", "pickle", "size")]
+    + [(h, "annotation") for h in ("caption", "word", "coco_label", "surrogate", "large id", "deep")]
+    + [(h, "annotation") for h in ("npz", "huge", "cut")],
 )
 def test_what_does_not_fit_is_put_aside(how, reason, root, tmp_path):
     spoil(root, how)
@@ -180,6 +220,49 @@ def test_training_sees_persons_alone(root, tmp_path, tokenizer):
     assert set(np.unique(decode_mask(row["mask"]))) == {0, 1, 2}
     refused = {r["id"]: r["reason"] for r in read_rows(out[1], REJECTED)}
     assert refused == {"0000001": "plural", "0000002": "no_segment"}
+
+
+def test_no_damage_to_a_mask_stops_the_run(root):
+    """Flipped bytes of a header are a mask or a DataError: whatever NumPy raises, nothing else comes out."""
+    mask, rng, outcomes = root / "00000/0000001.npy", np.random.default_rng(3), set()
+    good = mask.read_bytes()
+    for _ in range(300):
+        data = bytearray(good)
+        for place in rng.integers(0, 128, 3):
+            data[place] = rng.integers(256)
+        mask.write_bytes(data)
+        try:
+            _, _, ids = archive.read_annotation(root, "0000001", (24, 32))
+            outcomes.add(ids.shape)
+        except DataError:
+            outcomes.add("error")
+    assert outcomes <= {(24, 32), "error"} and "error" in outcomes
+
+
+def test_a_shard_of_which_nothing_is_left_is_an_error(root, tmp_path, tokenizer):
+    """Like a shard that was annotated here; what was rejected can be looked at."""
+    for photo in ("0000000", "0000001", "0000002"):
+        add(root, photo, segments=[SEGMENTS[2]])
+    ingest(config(root, "fastcomposer"), tmp_path, ONE)
+    out = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    with pytest.raises(DataError, match=r"3 of 3 photos were rejected \{'no_segment': 3\}, more than max_r"):
+        archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
+    assert len(read_rows(out[1], REJECTED)) == 3 and not out[0].exists()
+
+
+def test_an_archive_is_not_written_into_another(root, tmp_path):
+    records, before = read(root, tmp_path / "a"), files(root)
+    with pytest.raises(DataError, match=r"holds an archive.*name another folder"):
+        archive.export(records[:1], root)
+    assert files(root) == before
+
+
+def test_an_empty_id_cannot_be_exported(root, tmp_path):
+    """It would name a file of the machine's root."""
+    row = read_rows(read(root, tmp_path / "a")[0], RECORD)[0] | {"id": ""}
+    write_rows(tmp_path / "r.parquet", [row], RECORD)
+    with pytest.raises(DataError, match="'' cannot be a file's name"):
+        archive.export([tmp_path / "r.parquet"], tmp_path / "out")
 
 
 def test_an_id_with_folders_cannot_be_exported(root, tmp_path):

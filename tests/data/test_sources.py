@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import shutil
 import struct
 import subprocess
 import tarfile
+import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from moa.data.errors import REASONS, DataError
 from moa.data.records import RAW, REJECTED, decode_image, read_rows, sha256
-from moa.data.sources import listing, lock, photos, quarantine
+from moa.data.sources import hub, listing, lock, photos, quarantine
 from moa.data.sources.config import PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import shard_of, split_of, stamp
 from moa.data.sources.quarantine import Quarantined, examine
@@ -126,6 +131,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "others/theirs.png").write_bytes(encoded())
     (top / "out.png").symlink_to(tmp_path / "secret.png")
     (top / "away").symlink_to(tmp_path / "others")
+    (top / "foreign.png").symlink_to(os.fsdecode(b"/latin-\xe9"))  # a target that no table can hold
     (top / "nowhere.png").symlink_to(tmp_path / "none.png")
     (top / "round.png").symlink_to(top / "round.png")
     (top / "loop").symlink_to(top)
@@ -151,7 +157,9 @@ def test_every_odd_file_is_handled_or_put_aside(folder, tmp_path):
         "away",
         "nowhere",
         "round",
+        "foreign",
     }
+    assert aside["foreign"]["detail"].endswith(r"foreign.png → /latin-\udce9")
     assert aside["pipe"]["reason"] == "unreadable"
 
 
@@ -285,6 +293,15 @@ def test_two_files_with_one_id_leave_one(tmp_path):
     assert aside["a"]["reason"] == "same_id" and "a.png has the id of a.jpg" in aside["a"]["detail"]
 
 
+def test_a_name_that_is_put_aside_takes_no_id(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").symlink_to(tmp_path / "away.jpg")
+    (tmp_path / "photos/a.png").write_bytes(encoded())
+    kept, aside = ingest(config(tmp_path / "photos"), tmp_path)
+    assert kept["a"]["image"]["path"] == "a.png"
+    assert aside["a"]["reason"] == "link"
+
+
 def test_names_that_no_table_can_hold_are_put_aside(tmp_path):
     (tmp_path / "photos").mkdir()
     for name in (b"line\nbreak.png", b"latin-\xe9.png", "schön 好.png".encode()):
@@ -339,6 +356,50 @@ def test_a_photo_that_changes_between_lock_and_shard_is_named(folder, tmp_path):
         shards_of(config(folder), tmp_path)
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def seen_by_a_user(settings: PhotosConfig) -> tuple[str, list[str]]:
+    """Stamp and reasons as anybody but root sees them, whom no right stops."""
+
+    def look(sender) -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        listing._stamps.cache_clear()
+        sender.send((stamp(settings, SHARDS), [found.reason for found in listing.photos(settings)]))
+
+    receiver, sender = multiprocessing.Pipe(False)
+    child = multiprocessing.get_context("fork").Process(target=look, args=[sender])
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    return receiver.recv()
+
+
+def test_a_file_whose_rights_are_mended_is_taken_in(open_folder):
+    photo = open_folder / "a.png"
+    photo.write_bytes(encoded())
+    photo.chmod(0)
+    settings = config(open_folder)
+    before, reasons = seen_by_a_user(settings)
+    assert reasons == ["unreadable"]
+    photo.chmod(0o644)
+    after, reasons = seen_by_a_user(settings)
+    assert reasons == [""] and after != before
+
+
+def test_a_lock_in_another_encoding_is_named(folder, tmp_path):
+    settings = config(folder)
+    settings.lock.write_bytes(b"# latin-\xe9\n")
+    with pytest.raises(DataError, match=r"photos\.sha256 is no text in UTF-8"):
+        lock.run(settings, tmp_path / "index.parquet")
+
+
 def test_a_damaged_lock_is_named(folder, tmp_path):
     settings = config(folder)
     settings.lock.write_text("# test\n<<<<<<< HEAD\n")
@@ -358,20 +419,20 @@ def test_a_missing_or_empty_source_names_the_key(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "passes"), [(0.5, False), (0.9, True), (16, False), (17, True), (0, False)]
+    ("limit", "passes"), [(0.5, False), (0.9, True), (17, False), (18, True), (0, False)]
 )
 def test_a_rotten_source_is_an_error_with_its_counts(limit, passes, folder, tmp_path):
     _, aside = ingest(config(folder), tmp_path)
     shards = sorted(tmp_path.glob("bad-*.parquet"))
     arguments = QuarantineConfig(limit), tmp_path / "index.parquet", shards, tmp_path / "q.csv"
-    assert len(aside) == 17
+    assert len(aside) == 18
     if passes:
         quarantine.run(*arguments)
         lines = (tmp_path / "q.csv").read_text().splitlines()
-        assert lines[0] == "id,reason,detail" and len(lines) == 18
+        assert lines[0] == "id,reason,detail" and len(lines) == 19
     else:
         with pytest.raises(
-            DataError, match=r"17 of 28 photos .*'no_image': 2, 'broken': 2, 'animated': 4.*raise"
+            DataError, match=r"18 of 29 photos .*'no_image': 2, 'broken': 2, 'animated': 4.*raise"
         ):
             quarantine.run(*arguments)
         assert not (tmp_path / "q.csv").exists()
@@ -435,6 +496,86 @@ def test_a_cut_or_packed_tar_is_an_error_since_nobody_knows_what_is_lost(tars, t
             lock.run(config(tars, "tar"), tmp_path / "index.parquet")
 
 
+FOUR = {f"{name}.png": encoded(picture) for name, picture in zip("abcd", [PICTURE, *FRAMES], strict=True)}
+
+
+def cut_between_members(data: bytes, third: int) -> bytes:
+    return data[:third]
+
+
+def cut_in_a_header(data: bytes, third: int) -> bytes:
+    return data[: third + 200]
+
+
+def flip_a_byte_of_a_header(data: bytes, third: int) -> bytes:
+    return data[: third + 3] + bytes([data[third + 3] ^ 1]) + data[third + 4 :]
+
+
+def lose_a_block(data: bytes, third: int) -> bytes:
+    return data[:third] + bytes(512) + data[third + 512 :]
+
+
+def join_another(data: bytes, third: int) -> bytes:
+    return data + data
+
+
+DAMAGES = [cut_between_members, cut_in_a_header, flip_a_byte_of_a_header, lose_a_block, join_another]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_tar_that_lost_members_is_an_error(damage, tmp_path):
+    """At each of these `tarfile` stops after two members without a word, or before those of a second tar."""
+    (tmp_path / "tars").mkdir()
+    path = tmp_path / "tars/0.tar"
+    write_tar(path, FOUR)
+    with tarfile.open(path) as tar:
+        third = tar.getmembers()[2].offset
+    path.write_bytes(damage(path.read_bytes(), third))
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == (4 if damage is join_another else 2)
+    with pytest.raises(DataError, match=r"0\.tar is cut short.*no member and no end at byte \d+"):
+        lock.run(config(tmp_path / "tars", "tar"), tmp_path / "index.parquet")
+
+
+def test_a_damaged_tar_is_whole_or_an_error(tmp_path):
+    """Whatever is flipped or cut, no member is lost in silence."""
+    (tmp_path / "tars").mkdir()
+    path, rng, outcomes = tmp_path / "tars/0.tar", np.random.default_rng(2), set()
+    write_tar(path, FOUR)
+    whole = path.read_bytes()
+    for place in rng.integers(0, len(whole), 150):
+        flipped = whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :]
+        for data in (flipped, whole[:place]):
+            path.write_bytes(data)
+            try:
+                assert len(listing.photos(config(tmp_path / "tars", "tar"))) == 4
+                outcomes.add("whole")
+            except DataError:
+                outcomes.add("error")
+    assert outcomes == {"whole", "error"}
+
+
+def test_of_members_with_one_name_the_last_counts(tars, tmp_path):
+    """What `tar --append` and `--update` leave; unpacking would, too."""
+    with tarfile.open(tars / "0000.tar", "a") as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.size = len(GOOD["grey.jpg"])
+        tar.addfile(member, io.BytesIO(GOOD["grey.jpg"]))
+    for _ in range(2):  # the second time the lock is there
+        kept, aside = ingest(config(tars, "tar"), tmp_path)
+        assert kept["0000/a"]["image"]["bytes"] == GOOD["grey.jpg"]
+        assert "0000/a" not in aside
+
+
+def test_a_link_in_a_tar_may_lead_anywhere(tars, tmp_path):
+    with tarfile.open(tars / "0001.tar", "a") as tar:
+        link = tarfile.TarInfo("f.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, os.fsdecode(b"latin-\xe9")
+        tar.addfile(link)
+    _, aside = ingest(config(tars, "tar"), tmp_path)
+    assert aside["0001/f"]["detail"] == r"0001.tar/f.jpg → latin-\udce9"
+
+
 # --- Data sets --------------------------------------------------------------------------------------------
 
 
@@ -470,6 +611,34 @@ def test_a_folder_of_parquet_is_a_data_set_too(saved, tmp_path, monkeypatch):
     assert sorted(kept) == ["x", "y"]
 
 
+def test_a_data_set_cannot_name_files_of_this_machine(tmp_path, monkeypatch):
+    """Its own files and what was fetched to the cache are read, through whatever path; nothing else is."""
+    folder, cache = tmp_path / "files", tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    places = [tmp_path / "secret.png", folder / "own.png", cache / "fetched.png", tmp_path / "none.png"]
+    for place in places[:3]:
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(encoded(FRAMES[places.index(place)]))
+    (folder / "link.png").symlink_to(places[0])
+    paths = [str(place) for place in [*places, folder / "link.png", f"{folder}/../secret.png"]]
+    features = datasets.Features({"image": datasets.Image(), "key": datasets.Value("string")})
+    rows = {"image": [{"bytes": None, "path": path} for path in paths], "key": list("abcdef")}
+    pq.write_table(pa.Table.from_pydict(rows, features.arrow_schema), folder / "train.parquet")
+    settings = config(folder, "dataset", id_column="key")
+    kept, aside = ingest(settings, tmp_path)
+    assert sorted(kept) == ["b", "c"]
+    assert sorted(row["reason"] for row in aside.values()) == ["link"] * 3 + ["no_image"]
+    assert "secret" not in settings.lock.read_text()
+
+
+def test_other_columns_are_not_looked_at(saved, tmp_path):
+    data = datasets.load_from_disk(str(saved))
+    previews = [{"bytes": b"no picture", "path": None}] * len(data)
+    data.add_column("preview", previews, feature=datasets.Image()).save_to_disk(str(tmp_path / "more"))
+    kept, _ = ingest(config(tmp_path / "more", "dataset", id_column="key"), tmp_path)
+    assert set(kept) == {"x", "y"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -501,3 +670,17 @@ def test_a_hub_that_cannot_be_asked_gives_no_revision(tmp_path, monkeypatch):
         DataError, match=r"data\.photos\.revision is 1+, but .*photos\.sha256 was made from 0+"
     ):
         lock.run(replace(settings, revision="1" * 40), tmp_path / "index.parquet")
+
+
+def test_another_revision_than_the_lock_s_is_named(tmp_path):
+    """A tag that is changed in the settings must not be answered with the old tag's photos."""
+    settings = replace(config(tmp_path / "x", "dataset"), path="someone/faces", revision="v1")
+    lock.write_lock(settings, "0" * 40, {})
+    commit, asked, _ = lock.read_lock(settings.lock)
+    for same in ("v1", "0" * 40):
+        assert hub.commit(replace(settings, revision=same), commit, asked) == "0" * 40
+    for other in ("v2", None):
+        with pytest.raises(
+            DataError, match=rf"revision is {other or 'main'}, but .*made from 0+ \(v1\).*--accept"
+        ):
+            lock.run(replace(settings, revision=other), tmp_path / "index.parquet")

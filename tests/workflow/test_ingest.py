@@ -53,6 +53,11 @@ def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> Non
     again = snakemake("quarantine", "--dry-run", config=config)
     assert "Nothing to be done" in again.stdout + again.stderr
 
+    (project / "photos").rename(project / "away")  # a disk that is not mounted
+    again = snakemake("quarantine", "--dry-run", "--rerun-triggers", "mtime", config=config)
+    assert "Nothing to be done" in again.stdout + again.stderr
+    (project / "away").rename(project / "photos")
+
     Image.new("RGB", (30, 30), "red").save(project / "photos/03.png")
     done = snakemake("quarantine", "--cores", "2", config=config)
     assert done.returncode == 1
@@ -66,6 +71,25 @@ def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> Non
     said = done.stdout + done.stderr
     assert jobs(said) == {"lock_photos": "1", "photos": "1", "quarantine": "1"}, said
     assert f"train-{shard_of('03', 2):03d}" in said
+
+
+@pytest.mark.slow
+def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, project: Path) -> None:
+    """On the hub there are no files whose times could tell; `lock-photos --accept` writes another index."""
+    config = settings(path="someone/faces") | {"source": "dataset"}
+    data = project / "results/paper/data"
+    shards = "train-000", "train-001", "validation-000"
+    made = [f"{folder}/{shard}.parquet" for folder in ("raw", "quarantined") for shard in shards]
+    ends = "quarantine.csv", "quarantine.passed", "../benchmarks/quarantine.tsv"
+    for name in ("photos.parquet", "photos.checked", *made, *ends):  # as if it had been made
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text("first")
+    done = snakemake("quarantine", "--dry-run", config=config)
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+    (data / "photos.parquet").write_text("second")
+    done = snakemake("quarantine", "--dry-run", config=config)
+    assert jobs(done.stdout + done.stderr) == {"photos": "3", "quarantine": "1"}, done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 from moa import stages
 from moa.config import load, resolve
 from moa.data.sources import listing
-from moa.data.sources.config import KINDS, PhotosConfig
+from moa.data.sources.config import KINDS as PHOTO_SOURCES, PhotosConfig
 from moa.hashing import code_hash
 from moa.trained import TRAINED
 

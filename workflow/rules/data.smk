@@ -1,9 +1,8 @@
 # Photos → captions, segments → training records. One job a shard.
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
-QUARANTINED = (
-    shards("quarantined", "train") + shards("quarantined", "validation") if CONFIG["source"] in KINDS else []
-)
-CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if CONFIG["source"] in KINDS else []  # before a GPU is used
+TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
+QUARANTINED = shards("quarantined", "train") + shards("quarantined", "validation") if TAKEN_IN else []
+CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 
 
 if CONFIG["source"] == "miniature":
@@ -81,13 +80,15 @@ if CONFIG["source"] == "shards":
             "echo '`source: shards` means that you write {output}; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
 
 
-if CONFIG["source"] in KINDS:
+if TAKEN_IN:
+    INDEX = f"{OUT}/data/photos.parquet"
+    ON_THE_HUB = CONFIG["source"] == "dataset" and not Path(CONFIG["data"]["photos"]["path"]).is_dir()
 
     # After an error the `update`d files stay, so that shards and annotations need not be made again, and the touched
     # ones are gone, so that the error comes again.
     rule lock_photos:
         output:
-            index=update(f"{OUT}/data/photos.parquet"),
+            index=update(INDEX),
             checked=touch(f"{OUT}/data/photos.checked"),
         log:
             f"{OUT}/logs/lock_photos.log",
@@ -107,10 +108,11 @@ if CONFIG["source"] in KINDS:
         shell:
             "python -m moa lock-photos --config {params.config:q} --output {output.index} > {log} 2>&1"
 
-    # The index is `ancient`: when it is made again, only shards behind which a file has changed (`files`) follow.
+    # In a folder the index is `ancient`: when it is made again, only shards behind which a file has changed (`files`)
+    # follow. A data set on the hub has no files to look at: its shards follow the index.
     rule photos:
         input:
-            ancient(f"{OUT}/data/photos.parquet"),
+            INDEX if ON_THE_HUB else ancient(INDEX),
         output:
             raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
             quarantined=f"{OUT}/data/quarantined/{{split}}-{{shard}}.parquet",
@@ -137,7 +139,7 @@ if CONFIG["source"] in KINDS:
 
     rule quarantine:
         input:
-            index=ancient(f"{OUT}/data/photos.parquet"),
+            index=ancient(INDEX),
             checked=f"{OUT}/data/photos.checked",
             quarantined=QUARANTINED,
         output:

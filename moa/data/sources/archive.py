@@ -21,34 +21,43 @@ def read_annotation(root: Path, photo: str, size: tuple[int, int]) -> tuple[str,
     about, mask = (root / archive_file(photo, suffix) for suffix in (".json", ".npy"))
     try:
         caption, segments = _parsed(json.loads(about.read_text("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{about} is no annotation of FastComposer's archive ({error!r})") from error
     try:
-        ids = np.load(mask, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{mask} is no NumPy array ({error})") from error
-    if ids.shape != size or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() > 65535:
+        ids = np.lib.format.open_memmap(mask, mode="r")  # reads the header alone, whatever size it claims
+    except Exception as error:  # from damaged headers NumPy raises anything
+        raise DataError(f"{mask} is no NumPy array ({type(error).__name__}: {error})") from error
+    if ids.shape != size or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() > 65535:
         raise DataError(f"{mask} is no id map 0..65535 of {size} pixels, but {ids.dtype} of {ids.shape}")
-    return caption, segments, ids.astype(np.int32)
+    return caption, segments, np.array(ids, np.int32)
+
+
+def _text(given: Any) -> str:
+    """A text that a table can hold. Raises ValueError."""
+    if not isinstance(given, str):
+        raise ValueError(f"caption, word and coco_label are texts, not {given!r}")
+    given.encode("utf-8")  # half a pair of surrogates is no UTF-8
+    return given
 
 
 def _parsed(about: Any) -> tuple[str, list[Row]]:
     """Caption and segments of an annotation as `RECORD` has them. Raises ValueError, KeyError, TypeError."""
-    caption = about["caption"]
+    caption = _text(about["caption"])
     segments = []
     for given in about["segments"]:
         segment = {
             "segment_id": given["id"],
-            "word": given["word"],
+            "word": _text(given["word"]),
             "start": given["start"],
             "end": given["end"],
             "bbox": list(given["bbox"]),
-            "label": given["coco_label"],
+            "label": _text(given["coco_label"]),
             "score": None,  # the archive does not say
         }
         numbers = [segment["segment_id"], segment["start"], segment["end"], *segment["bbox"]]
-        if len(segment["bbox"]) != 4 or not all(type(number) is int for number in numbers):
-            raise ValueError(f"ids, offsets and four corners are whole numbers: {given}")
+        whole = all(type(number) is int and abs(number) < 2**31 for number in numbers)
+        if len(segment["bbox"]) != 4 or not whole:
+            raise ValueError(f"ids, offsets and four corners are whole numbers of 32 bits: {given}")
         if not 0 <= segment["start"] < segment["end"] <= len(caption):
             raise ValueError(f"offsets lie outside the caption: {given}")
         segments.append(segment)

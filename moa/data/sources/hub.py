@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from moa.data.errors import DataError
 from moa.data.sources.config import PhotosConfig
+from moa.data.sources.listing import escaped, leads_out
 
 
-def commit(config: PhotosConfig, locked: str) -> str:
+class LeadsOut(Exception):
+    """A row names a file of this machine that is no part of the data set."""
+
+
+def asked(config: PhotosConfig) -> str:
+    """What is asked of the hub: a commit, branch or tag; "" of a folder, which the hub knows nothing of."""
+    return "" if Path(config.path).is_dir() else config.revision or "main"
+
+
+def commit(config: PhotosConfig, locked: str, before: str) -> str:
     """The commit that is read: "" of a folder, that of the lock, or what the hub says `revision` is now.
 
-    Raises DataError if the settings ask for another commit than the lock, or the hub cannot be asked.
+    Args:
+        locked: the lock's commit, and
+        before: what was asked for when the lock was made; "" without a lock.
+
+    Raises DataError if the settings ask for anything else than the lock, or the hub cannot be asked.
     """
-    if Path(config.path).is_dir():
+    wanted = asked(config)
+    if not wanted:
         return ""
-    wanted = config.revision or "main"
-    if re.fullmatch("[0-9a-f]{40}", wanted):
-        if locked and locked != wanted:
-            raise DataError(
-                f"data.photos.revision is {wanted}, but {config.lock} was made from {locked}; put the old "
-                "one back, or run `python -m moa lock-photos --accept`"
-            )
-        return wanted
-    return locked or _ask(config.path, wanted)
+    if locked and wanted not in (locked, before):
+        raise DataError(
+            f"data.photos.revision is {wanted}, but {config.lock} was made from {locked} ({before}); put the "
+            "old one back, or run `python -m moa lock-photos --accept`"
+        )
+    return locked or (wanted if re.fullmatch("[0-9a-f]{40}", wanted) else _ask(config.path, wanted))
 
 
 def _ask(name: str, revision: str) -> str:
@@ -42,7 +55,7 @@ def _ask(name: str, revision: str) -> str:
 
 
 def load(config: PhotosConfig, revision: str) -> Any:
-    """The data set's split, its images as bytes or paths. Raises DataError naming the key."""
+    """The data set's split: images, as bytes or paths, and ids. Raises DataError naming the key."""
     import datasets
 
     folder = Path(config.path)
@@ -63,13 +76,32 @@ def load(config: PhotosConfig, revision: str) -> Any:
             raise DataError(f"data.photos.{key}: there is no {column!r} among {loaded.column_names}")
     if not isinstance(loaded.features[config.image_column], datasets.Image):
         raise DataError(f"data.photos.image_column: {config.image_column!r} holds no images")
-    return loaded.cast_column(config.image_column, datasets.Image(decode=False))
+    used = loaded.select_columns([c for c in (config.image_column, config.id_column) if c])
+    return used.cast_column(config.image_column, datasets.Image(decode=False))
+
+
+def _places(config: PhotosConfig) -> list[str]:
+    """Folders that a data set's files may lie in: its own, and the caches of the hub."""
+    import datasets
+    from huggingface_hub import constants
+
+    known = datasets.config
+    caches = known.HF_DATASETS_CACHE, known.DOWNLOADED_DATASETS_PATH, known.EXTRACTED_DATASETS_PATH
+    own = [config.path] if Path(config.path).is_dir() else []
+    return [os.path.realpath(folder) for folder in (*own, *caches, constants.HF_HUB_CACHE)]
 
 
 def read(loaded: Any, row: int, config: PhotosConfig) -> bytes:
-    """The bytes of a row's image as they were put in; b"" if there are none."""
+    """The bytes of a row's image as they were put in; b"" if there are none.
+
+    Raises LeadsOut for a path that is neither the data set's nor in a cache: a row could name any file.
+    """
     image = loaded[row][config.image_column] or {}
     if image.get("bytes"):
         return bytes(image["bytes"])
-    path = image.get("path")
-    return Path(path).read_bytes() if path and Path(path).is_file() else b""
+    path = image.get("path") or ""
+    if not os.path.isfile(path):
+        return b""
+    if all(leads_out(path, folder) for folder in _places(config)):
+        raise LeadsOut(f"the row names {escaped(path)}, outside of the data set")
+    return Path(path).read_bytes()

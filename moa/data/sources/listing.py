@@ -59,8 +59,8 @@ def shard_of(photo: str, shards: int) -> int:
 # --- Folders ----------------------------------------------------------------------------------------------
 
 
-def _leads_out(path: str, root: str) -> bool:
-    """Whether a link leads out of `root`, or nowhere."""
+def leads_out(path: str, root: str) -> bool:
+    """Whether a path leads out of `root`, which is a real path, or nowhere."""
     target = os.path.realpath(path)
     return not os.path.exists(target) or os.path.commonpath([target, root]) != root
 
@@ -75,17 +75,24 @@ def escaped(name: str) -> str:
     return ascii(name)[1:-1]  # without its quotes
 
 
+def _target(name: str, target: str) -> str:
+    """What is said of a link."""
+    return f"{name} → {target if printable(target) else escaped(target)}"
+
+
 def _file(entry: os.DirEntry[str], name: str, root: str) -> Found:
     """One file or link of a folder."""
     if not printable(name):
         shown = escaped(name)
         return Found(shown, shown, "", 0, 0, reason="name", detail=f"the name {shown!r}")
     here = Found(name, name, name, 0, 0)
-    if entry.is_symlink() and _leads_out(entry.path, root):
-        return replace(here, reason="link", detail=f"{name} → {os.readlink(entry.path)}")
+    if entry.is_symlink() and leads_out(entry.path, root):
+        return replace(here, reason="link", detail=_target(name, os.readlink(entry.path)))
     status = entry.stat()
     if not entry.is_file():
         return replace(here, reason="unreadable", detail=f"{name} is no regular file")
+    if not os.access(entry.path, os.R_OK):  # known here, so that the stamp changes with the rights
+        return replace(here, reason="unreadable", detail=f"{name} may not be read")
     return replace(here, size=status.st_size, modified=status.st_mtime_ns)
 
 
@@ -137,8 +144,10 @@ def _tars(config: PhotosConfig) -> Iterator[Found]:
         yield from [tar] if tar.reason else _members(config, tar)
 
 
-def _members(config: PhotosConfig, tar: Found) -> Iterator[Found]:
+def _members(config: PhotosConfig, tar: Found) -> Iterable[Found]:
+    """The images of a tar, of several members with one name the last. Raises DataError for a damaged one."""
     path = Path(config.path, tar.file)
+    last: dict[str, Found] = {}
     try:
         with tarfile.open(path, "r:") as members:
             for member in members:
@@ -151,12 +160,29 @@ def _members(config: PhotosConfig, tar: Found) -> Iterator[Found]:
                 found = Found(
                     whole if config.ids == "path" else key, name, tar.file, member.offset_data, member.size
                 )
-                yield _checked_member(found, member)
+                last[member.name] = _checked_member(found, member)
+            _check_end(path, members.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
             f"{path} is cut short, compressed or no tar ({error}); fetch it again, or unpack it: "
             "what is missing from it cannot be counted"
         ) from error
+    return last.values()
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """Raise TarError unless a tar holds zeros alone, and a block of them, from where `tarfile` stopped.
+
+    At a damaged header `tarfile` stops without a word, and so it does where a second tar was appended.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read(tarfile.BLOCKSIZE)
+        short = len(data) < tarfile.BLOCKSIZE
+        while data and not any(data):
+            data = file.read(1 << 20)
+    if short or data:
+        raise tarfile.ReadError(f"no member and no end at byte {offset}")
 
 
 def _checked_member(found: Found, member: tarfile.TarInfo) -> Found:
@@ -164,7 +190,7 @@ def _checked_member(found: Found, member: tarfile.TarInfo) -> Found:
         shown = escaped(found.name)
         return replace(found, id=shown, name=shown, reason="name", detail=f"the name {shown!r}")
     if member.issym() or member.islnk():
-        return replace(found, reason="link", detail=f"{found.name} → {member.linkname}")
+        return replace(found, reason="link", detail=_target(found.name, member.linkname))
     if not member.isreg() or member.issparse():
         return replace(found, reason="unreadable", detail=f"{found.name} is no regular file")
     return found
@@ -173,10 +199,17 @@ def _checked_member(found: Found, member: tarfile.TarInfo) -> Found:
 # --- FastComposer's archive -------------------------------------------------------------------------------
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text; none if the file is not there. Raises DataError if it is no UTF-8."""
+    try:
+        return path.read_text("utf-8").split("\n") if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error}); take it from where it came again") from error
+
+
 def read_ids(path: Path) -> list[str]:
-    """The ids of a list, one a line; none if the file is not there."""
-    lines = path.read_text("utf-8").split("\n") if path.is_file() else []
-    return [line.strip() for line in lines if line.strip()]
+    """The ids of a list, one a line; none if the file is not there. Raises DataError."""
+    return [line.strip() for line in read_lines(path) if line.strip()]
 
 
 def archive_file(photo: str, suffix: str) -> str:
@@ -201,7 +234,7 @@ def archive_splits(root: Path) -> dict[str, str]:
 def _archive(config: PhotosConfig) -> Iterator[Found]:
     root = Path(config.path)
     splits = archive_splits(root)
-    listed = read_ids(root / "image_ids.txt") or list(splits)
+    listed = dict.fromkeys([*read_ids(root / "image_ids.txt"), *splits])
     if not listed:
         raise DataError(
             f"data.photos.path: {root} has no image_ids.txt; name the root of FastComposer's archive"
@@ -226,8 +259,10 @@ def _archived(photo: str, root: str) -> Found:
         path = os.path.join(root, archive_file(photo, suffix))
         if not os.path.isfile(path):
             return replace(here, reason="missing", detail=f"{archive_file(photo, suffix)} is not there")
-        if _leads_out(path, root):
+        if leads_out(path, root):
             return replace(here, reason="link", detail=f"{archive_file(photo, suffix)} leads out")
+        if not os.access(path, os.R_OK):
+            return replace(here, reason="unreadable", detail=f"{archive_file(photo, suffix)} may not be read")
         status = os.stat(path)
         sizes.append(status.st_size)
         times.append(status.st_mtime_ns)
@@ -240,8 +275,8 @@ def _archived(photo: str, root: str) -> Found:
 def photos(config: PhotosConfig) -> list[Found]:
     """The photos of a folder, of tars or of an archive, sorted by id; each id once.
 
-    Of several with the same id the first by name stays, the others are put aside. Raises DataError naming the
-    key and the cure if there is no such source, or nothing in it.
+    Of several with the same id the first by name that has no reason yet stays, the others are put aside.
+    Raises DataError naming the key and the cure if there is no such source, or nothing in it.
     """
     if not Path(config.path).is_dir():
         raise DataError(
@@ -255,15 +290,14 @@ def photos(config: PhotosConfig) -> list[Found]:
 
 
 def unique(found: Iterable[Found]) -> list[Found]:
-    """Sorted by id, with a reason for all but the first by name of those that share one."""
+    """Sorted by id, with a reason for all but one of those that share one: the first by name without any."""
     ordered = sorted(found, key=lambda photo: (photo.id, photo.name, photo.offset))
     first: dict[str, Found] = {}
     kept = []
     for photo in ordered:
-        other = first.setdefault(photo.id, photo)
-        taken = other is not photo and not photo.reason
+        other = photo if photo.reason else first.setdefault(photo.id, photo)
         detail = f"{photo.name} has the id of {other.name}"
-        kept.append(replace(photo, reason="same_id", detail=detail) if taken else photo)
+        kept.append(photo if other is photo else replace(photo, reason="same_id", detail=detail))
     return kept
 
 
@@ -286,7 +320,7 @@ def _stamps(config: PhotosConfig, shards: tuple[tuple[str, int], ...]) -> dict[t
 def stamp(config: PhotosConfig, shards: dict[str, int], split: str = "", shard: int = -1) -> str:
     """What changes when a file behind a shard does, without reading it; without a shard, of all of them.
 
-    "absent" if the source is not there (yet), and for what lies on the hub, where the revision says it all.
+    "absent" if the source is not there (yet), and for what lies on the hub, where the index says it all.
     """
     if not Path(config.path).is_dir():
         return "absent"

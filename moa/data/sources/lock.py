@@ -30,6 +30,7 @@ from moa.data.sources.listing import (
     escaped,
     photos,
     printable,
+    read_lines,
     split_of,
     unique,
 )
@@ -97,7 +98,11 @@ def _rows(config: PhotosConfig, revision: str) -> Iterator[tuple[Found, dict[str
     loaded = hub.load(config, revision)
     ids = loaded[config.id_column] if config.id_column else None
     for number in tqdm(range(len(loaded)), desc=f"hash {config.name}", unit="photo"):
-        data = hub.read(loaded, number, config)
+        try:
+            data = hub.read(loaded, number, config)
+        except hub.LeadsOut as why:
+            yield Found(f"row {number}", f"row {number}", "", number, 0, reason="link", detail=str(why)), {}
+            continue
         digest = sha256(data)
         photo = str(ids[number]) if ids is not None else digest[:16]
         name = f"row {number}: {photo}"
@@ -120,24 +125,29 @@ def hashed(config: PhotosConfig, revision: str) -> tuple[list[Found], dict[str, 
 # --- The lock ---------------------------------------------------------------------------------------------
 
 
-def read_lock(path: Path) -> tuple[str, dict[str, str]]:
-    """Revision and hashes by name of a lock; empty without one. Raises DataError naming a wrong line."""
-    revision, hashes = "", {}
-    for number, line in enumerate(path.read_text("utf-8").split("\n") if path.is_file() else [], start=1):
+def read_lock(path: Path) -> tuple[str, str, dict[str, str]]:
+    """Commit, what was asked for, and hashes by name of a lock; empty without one.
+
+    Raises DataError naming a wrong line.
+    """
+    revision, asked, hashes = "", "", {}
+    for number, line in enumerate(read_lines(path), start=1):
         if line.startswith("# revision: "):
             revision = line.removeprefix("# revision: ")
+        elif line.startswith("# asked: "):
+            asked = line.removeprefix("# asked: ")
         elif line and not line.startswith("#"):
             digest, _, name = line.partition("  ")
             if len(digest) != 64 or not name:
                 raise DataError(f"{path}, line {number} is no hash and name; take the lock from your backup")
             hashes[name] = digest
-    return revision, hashes
+    return revision, asked, hashes
 
 
 def write_lock(config: PhotosConfig, revision: str, hashes: Mapping[str, str]) -> None:
     """Write down what a source holds now."""
     head = [f"# {config.name}: SHA-256 of every file at the first fetch; see docs/data.md"]
-    head += [f"# revision: {revision}"] if revision else []
+    head += [f"# revision: {revision}", f"# asked: {hub.asked(config)}"] if revision else []
     text = "\n".join([*head, *(f"{digest}  {name}" for name, digest in sorted(hashes.items())), ""])
     write_atomically(config.lock, lambda path: path.write_text(text, "utf-8"))
 
@@ -182,10 +192,10 @@ def run(config: PhotosConfig, output: Path, accept: bool = False) -> None:
 
     Raises DataError if there is no such source, or it is not what the lock says.
     """
-    revision, locked = read_lock(config.lock)
+    revision, asked, locked = read_lock(config.lock)
     fresh = accept or not config.lock.is_file()
     if config.source == "dataset":
-        revision = hub.commit(config, "" if fresh else revision)
+        revision = hub.commit(config, "" if fresh else revision, asked)
     found, hashes = hashed(config, revision)
     if fresh:
         write_lock(config, revision, hashes)

@@ -6,7 +6,7 @@ QUARANTINED = {
     "animated": "more than one picture in the file",
     "small_photo": "a side below `min_side`",
     "large_photo": "more pixels than `max_pixels`, or bytes than `max_bytes`; a decompression bomb",
-    "link": "a link that leads out of the folder, or nowhere; in a tar, any link",
+    "link": "a link that leads out of the folder, or nowhere; in a tar, any; in a data set, a path that does",
     "unreadable": "no regular file, or the machine refuses to read it",
     "name": "a name with control characters, or that is no UTF-8",
     "same_id": "another photo has the same id",
