@@ -318,7 +318,8 @@ class Values:
     def over(self, other: Values) -> Interval:
         """Ratio of the means over the units that both have. Raises ValueError for none, or a mean of 0."""
         units = self.common(other)
-        return ratio(*([v.of[u] for u in units] for v in (self, other)), [self.members[u] for u in units])
+        own, others = ([values.of[unit] for unit in units] for values in (self, other))
+        return ratio(own, others, [self.members[unit] for unit in units])
 
     def beyond(self, other: Values) -> Interval:
         """Difference of the means over units of their own, such as those of two groups of prompts."""

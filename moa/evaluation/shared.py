@@ -65,9 +65,9 @@ def comparisons(rows: Sequence[Row], base: Sequence[Row]) -> Iterator[tuple[str,
     for metric, one, other in [*swaps, *priors]:
         groups.setdefault((metric, request_of(one), request_of(other)), []).append((dict(one), dict(other)))
     methods = {row["method"] for row in rows}
-    for (metric, *_), pairs in groups.items():
+    for key, pairs in groups.items():
         if {one["method"] for one, _ in pairs} == methods:
-            yield str(metric), pairs
+            yield str(key[0]), pairs
 
 
 def alike(
@@ -82,7 +82,7 @@ def alike(
         return
     mask = context.dilate(np.logical_or.reduce(persons), dilation)
     for one, other in pairs:
-        kept = context.kept(*(_pixels(results / row["path"]) for row in (one, other)), mask)
+        kept = context.kept(_pixels(results / one["path"]), _pixels(results / other["path"]), mask)
         if kept is None:
             return
         more = (other["subject"],) if metric == "swap" else ()
