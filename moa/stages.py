@@ -138,6 +138,9 @@ STAGES: dict[str, Stage] = {
     "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
     "compare-swaps": Stage("moa.evaluation.score:compare_swaps", "measure the context kept under a swap"),
     "compare-prior": Stage("moa.evaluation.preserved:compare", "measure what is left of the prior's images"),
+    "compare-methods": Stage(
+        "moa.evaluation.shared:compare", "measure the context that two methods keep over the same pixels"
+    ),
     "look-at-references": Stage(
         "moa.evaluation.references:look", "look at the subjects' photos", "evaluate.score", JUDGES | DEVICE
     ),

@@ -1,7 +1,8 @@
 """The `claims` stage: each claim of the paper beside what was measured, and whether it holds, by one rule.
 
-config/claims.yaml says which measure tests a claim. The rule: an effect's 95 % interval lies wholly on the
-claimed side of the bound, and the claim holds; wholly on the other, and it does not; else it is undecided.
+config/claims.yaml names the measure, the effect and the bound of each. The rule: an effect's 95 % interval
+lies wholly on the claimed side of the bound, and the claim holds; wholly on the other, and it does not; else
+it is undecided.
 """
 
 from __future__ import annotations
@@ -23,26 +24,33 @@ from moa.evaluation.tables import FORMS, ORDER, Table, by_method, limits, save
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, NOT_MEASURABLE = "not measured", "not measurable here"
-SIGNS = {"above": ">", "below": "<", "apart": "≠"}
+SIGNS = {"above": "> ", "below": "< ", "apart": "beyond ±"}
 BANDS = 3  # of subjects' sizes, with equally many images of all methods
+
+
+class NotMeasured(LookupError):
+    """This run lacks what a claim needs."""
 
 
 @dataclass(frozen=True)
 class Claim:
     """A claim and its test: an effect, and the side of the bound on which it is claimed to lie.
 
-    The effect is the mean of `metric`; with `minus`, its paired difference to that method; with `slope_on`,
-    its slope on that measure among images of the same prompt.
+    The effect is the mean of `metric`; with `minus`, its paired difference to that method; with `over`, the
+    ratio of the means; with `slope_on`, its slope on that measure among images of the same prompt. With
+    `versus`, it is the effect in `group` less that in the group `versus`.
     """
 
     claim: str  # in a few words
-    section: str  # of the paper
+    section: str  # of the paper; "ours" if the paper does not say so
     metric: str = ""  # of docs/metrics.md; empty where nothing here can test the claim
     kind: str = "single"  # of the protocol
     method: str = "moa"
     minus: str | None = None  # a method
+    over: str | None = None  # a method
     slope_on: str | None = None  # a measure
     group: str | None = None  # of prompts; all if none is named
+    versus: str | None = None  # another group
     side: Literal["above", "below", "apart"] = "above"
     bound: float = 0.0
     note: str = ""  # where a bound other than 0 comes from; why nothing can be measured
@@ -50,17 +58,27 @@ class Claim:
     def __post_init__(self) -> None:
         if (not self.metric or self.bound) and not self.note:
             raise ValueError(f"claim {self.claim!r} needs a note: why no metric, or where the bound is from")
-        if self.minus and self.slope_on:
-            raise ValueError(f"claim {self.claim!r}: give minus or slope_on, not both")
+        if sum(name is not None for name in (self.minus, self.over, self.slope_on)) > 1:
+            raise ValueError(f"claim {self.claim!r}: give one of minus, over and slope_on, not both")
+        if self.versus and (not self.group or self.over or self.slope_on):
+            raise ValueError(f"claim {self.claim!r}: versus needs a group, and neither over nor slope_on")
+        if self.side == "apart" and self.bound <= 0:
+            raise ValueError(f"claim {self.claim!r}: with no bound above 0, `apart` could never fail")
+
+    @property
+    def groups(self) -> tuple[str | None, ...]:
+        """The groups of prompts to look at, None for all; of two, the second is subtracted."""
+        return (self.group, self.versus) if self.versus else (self.group,)
 
     @property
     def effect(self) -> str:
         """What is compared with the bound."""
         if not self.metric:
             return ""
-        whose = f"{self.method} − {self.minus}" if self.minus else self.method
+        against = f" − {self.minus}" if self.minus else f" / {self.over}" if self.over else ""
         of = f"slope of {self.metric} on {self.slope_on}" if self.slope_on else self.metric
-        return f"{of}, {self.kind}{f' ({self.group})' if self.group else ''}: {whose}"
+        groups = " − ".join(name for name in (self.group, self.versus) if name)
+        return f"{of}, {self.kind}{f' ({groups})' if groups else ''}: {self.method}{against}"
 
 
 def read_claims(path: str | Path) -> list[Claim]:
@@ -73,45 +91,76 @@ def read_claims(path: str | Path) -> list[Claim]:
 
 
 def verdict(effect: Interval, side: str, bound: float) -> str:
-    """The rule. Limits that are NaN, for there are too few subjects, decide nothing."""
-    low, high = effect.low - bound, effect.high - bound
+    """The rule; `apart` claims more than `bound` on either side.
+
+    Limits that are NaN, for there are too few subjects, decide nothing.
+    """
     if side == "apart":
-        return HOLDS if low > 0 or high < 0 else UNDECIDED
+        if effect.low > bound or effect.high < -bound:
+            return HOLDS
+        return FAILS if effect.low > -bound and effect.high < bound else UNDECIDED
+    low, high = effect.low - bound, effect.high - bound
     if side == "below":
         low, high = -high, -low
     return HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED
 
 
-def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int] | str:
-    """The effect and how many units it is from, or what is missing."""
-    own = measures.get(claim.kind, claim.metric, claim.method, claim.group)
-    if not own:
-        return f"no {claim.metric} of {claim.method}, {claim.kind}"
+def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int]:
+    """The effect and how many units it is from. Raises NotMeasured saying what is missing."""
+    own, *rest = (values_of(claim, group, measures) for group in claim.groups)
+    if rest:
+        return own.beyond(rest[0]), len(own) + len(rest[0])
     if claim.slope_on:
         return slope_within_prompts(own, measures.get(claim.kind, claim.slope_on, claim.method, claim.group))
-    if not claim.minus:
-        return own.mean(), len(own)
-    other = measures.get(claim.kind, claim.metric, claim.minus, claim.group)
-    common = own.common(other)
-    if not common:
-        return f"no {claim.metric} of {claim.minus}, {claim.kind}"
-    return own.minus(other), len(common)
+    if claim.over:
+        other = measures.get(claim.kind, claim.metric, claim.over, claim.group)
+        units = own.common(other)
+        if not sum(other.of[unit] for unit in units):
+            raise NotMeasured(f"the mean {claim.metric} of {claim.over} is 0")
+        return own.over(other), len(units)
+    return own.mean(), len(own)
 
 
-def slope_within_prompts(y: Values, x: Values) -> tuple[Interval, int] | str:
-    """Slope of y on x over images with both, less each prompt's means; or what is missing."""
+def values_of(claim: Claim, group: str | None, measures: Measures) -> Values:
+    """The values of a group of prompts, with `minus` their paired differences."""
+    where = f"{claim.kind} ({group})" if group else claim.kind
+    own = measures.get(claim.kind, claim.metric, claim.method, group)
+    if not own:
+        raise NotMeasured(f"no {claim.metric} of {claim.method}, {where}")
+    if not (against := claim.minus or claim.over):
+        return own
+    other = measures.get(claim.kind, claim.metric, against, group)
+    if not own.common(other):
+        raise NotMeasured(f"no {claim.metric} of {against}, {where}")
+    return own.less(other) if claim.minus else own
+
+
+def slope_within_prompts(y: Values, x: Values) -> tuple[Interval, int]:
+    """Slope of y on x over images with both, less each prompt's means; or raises NotMeasured."""
     units = y.common(x)
     prompts = [unit.split("/")[-2] for unit in units]
     if len(units) < 2:
-        return "fewer than two images with both measures"
+        raise NotMeasured("fewer than two images with both measures")
     a, b = (np.array([values.of[unit] for unit in units]) for values in (x, y))
     for prompt in set(prompts):
         same = np.array([other == prompt for other in prompts])
         for values in (a, b):
             values[same] -= values[same].mean()
     if not np.ptp(a):
-        return "no two images of a prompt differ in size"
+        raise NotMeasured("no two images of a prompt differ in size")
     return slope(a, b, [y.members[unit] for unit in units]), len(units)
+
+
+def left_out(claim: Claim, units: int, measures: Measures) -> int | None:
+    """How many units all that the claim compares have made, but without a value; None if that is unknown."""
+    made = 0
+    for group in claim.groups:
+        methods = [method for method in (claim.method, claim.minus, claim.over) if method]
+        asked = [measures.asked(claim.kind, claim.metric, method, group) for method in methods]
+        if None in asked:
+            return None
+        made += len(set.intersection(*filter(None, asked)))
+    return made - units
 
 
 def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
@@ -119,14 +168,14 @@ def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
     row: dict[str, Any] = {"claim": claim.claim, "section": claim.section, "note": claim.note}
     if not claim.metric:
         return row | {"verdict": NOT_MEASURABLE}
-    bound = f"{SIGNS[claim.side]} {claim.bound:g}".replace("-", "−")
+    bound = f"{SIGNS[claim.side]}{claim.bound:g}".replace("-", "−")
     row |= {"effect": claim.effect, "holds_if": bound}
-    found = effect_of(claim, measures)
-    if isinstance(found, str):
-        return row | {"verdict": NOT_MEASURED, "note": found}
-    effect, units = found
-    decided = verdict(effect, claim.side, claim.bound)
-    return row | {"units": units, **limits("value", effect), "verdict": decided}
+    try:
+        effect, units = effect_of(claim, measures)
+    except NotMeasured as missing:
+        return row | {"verdict": NOT_MEASURED, "note": "; ".join(filter(None, (str(missing), claim.note)))}
+    counts = {"units": units, "left_out": left_out(claim, units, measures)}
+    return row | counts | limits("value", effect) | {"verdict": verdict(effect, claim.side, claim.bound)}
 
 
 def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
@@ -136,6 +185,7 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
         "section",
         "effect",
         "units",
+        "left_out",
         "value",
         "value_low",
         "value_high",
@@ -146,6 +196,8 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
     notes = (
         "A claim holds if the effect's whole 95 % interval, over subjects, is on the claimed side of the "
         "bound, does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
+        "Left out: images, or pairs, that were made but have no value, for nobody was found, or too little "
+        "is beside them. Section: of the paper; `ours` where the paper does not say so.",
         "Not measured: this run lacks the images. Not measurable here: nothing in this project tests it.",
     )
     return Table(columns, [judge(claim, measures) for claim in claims], notes)
@@ -208,7 +260,7 @@ def tabulate(
         claims: config/claims.yaml.
         sample_files: scored rows.
         kept: the file of `moa.evaluation.score.compare_swaps`.
-        measured: those of `moa.evaluation.measures.measure`.
+        measured: those of `moa.evaluation.measures.measure` and `moa.evaluation.shared.compare`.
         output: folder.
         preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.
         router: the file of `moa.evaluation.router.record`, if there is a router.

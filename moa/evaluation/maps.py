@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,19 @@ def load_maps(path: str | Path) -> SavedMaps:
 # --- The table --------------------------------------------------------------------------------------------
 
 
+def by_image(rows: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """`ROUTER` rows, image by image."""
+    images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
+    return list(images.values())
+
+
+def is_whole(image: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an image shows somebody, and something beside them."""
+    return image[0]["inside"] is not None and image[0]["outside"] is not None
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
 
@@ -103,12 +116,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     parts += [(layer, [row for row in rows if row["layer"] == layer]) for layer in layers]
     table = []
     for name, part in parts:
-        images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in part:
-            images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
-        whole = [
-            own for own in images.values() if own[0]["inside"] is not None and own[0]["outside"] is not None
-        ]
+        images = by_image(part)
+        whole = [own for own in images if is_whole(own)]
         counts = {"images": len(whole), "left_out": len(images) - len(whole)}
         if not whole:
             continue

@@ -21,10 +21,10 @@ from moa.choose import greedy_pairs
 from moa.data.records import read_rows, write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features
-from moa.evaluation.maps import ROUTER
+from moa.evaluation.maps import ROUTER, by_image, is_whole
 from moa.evaluation.preserved import PRESERVED, layout
 from moa.evaluation.samples import KEPT, Row
-from moa.evaluation.statistics import Interval, interval
+from moa.evaluation.statistics import Interval, interval, ratio, slope
 
 Floats = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
@@ -70,6 +70,12 @@ def likeness_to_each(references: Floats, faces: Floats) -> tuple[float, float] |
     return float(own), float((similarity.sum() - own * wanted) / (wanted * (wanted - 1)))
 
 
+def likeness_of_references(references: Floats) -> float:
+    """Mean cosine, -1..1, of two different ones of [S, D] unit vectors: what a faithful method's leak is."""
+    wanted = len(references)
+    return float((np.sum(references @ references.T) - wanted) / (wanted * (wanted - 1)))
+
+
 def first_face(seen: Features, size: int) -> Floats:
     """[D] unit vector of the largest face; zeros, which resemble nobody, if there is none."""
     return seen.identity[0] if len(seen.identity) else np.zeros(size)
@@ -97,19 +103,16 @@ def swapped(faces: Floats, references: Floats) -> dict[str, float]:
 
 
 def seed_pairs(rows: Rows) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Pairs of a method's rows of one kind, with the same prompt text and different noise.
+    """Pairs of a method's rows with the same kind, subjects and prompt, and different noise.
 
-    Of the same subjects if the protocol draws several images for them; otherwise of different ones.
+    Images of different subjects are none: they also differ in how these look, which the prior's do not.
     """
-    for names in (("subject", "prompt"), ("prompt",)):
-        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in sorted(rows, key=samples.sort_key):
-            key = (row["train_seed"], row["split"], row["kind"], *(row[name] for name in names))
-            groups.setdefault(key, []).append(row)
-        pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
-        if different := [(a, b) for a, b in pairs if a["seed"] != b["seed"]]:
-            return different
-    return []
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=samples.sort_key):
+        key = ("train_seed", "split", "kind", "subject", "prompt")
+        groups.setdefault(tuple(row[name] for name in key), []).append(row)
+    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+    return [(one, other) for one, other in pairs if one["seed"] != other["seed"]]
 
 
 # --- From rows --------------------------------------------------------------------------------------------
@@ -140,13 +143,15 @@ def of_samples(rows: Rows) -> Iterator[Row]:
 
 
 def of_pairs(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, Features]) -> Iterator[Row]:
-    """own, leak and apart of images with several subjects."""
+    """own, leak, leak_excess and apart of images with several subjects."""
     for row in rows:
         if len(row["subjects"]) > 1:
             wanted = np.stack([references[name].identity[0] for name in row["subjects"]])
             if found := likeness_to_each(wanted, seen[row["path"]].identity):
-                own, other = found
-                for metric, value in (("own", own), ("leak", other), ("apart", own - other)):
+                own, leak = found
+                excess = leak - likeness_of_references(wanted)
+                values = {"own": own, "leak": leak, "leak_excess": excess, "apart": own - leak}
+                for metric, value in values.items():
                     yield from measure_row(row, metric, value)
 
 
@@ -163,19 +168,16 @@ def of_swaps(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, 
 
 def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
     """vary_layout and vary_clip: how unlike two images of one prompt and different noise are."""
-    kinds = sorted({row["kind"] for row in rows})
-    pairs = [pair for kind in kinds for pair in seed_pairs([row for row in rows if row["kind"] == kind])]
-    for one, other in pairs:
+    for one, other in seed_pairs(rows):
         a, b = seen[one["path"]], seen[other["path"]]
         common = layout(a.persons, b.persons)
         values = {
             "vary_layout": None if common is None else 1 - common,
             "vary_clip": 1 - float(a.clip @ b.clip),
         }
-        members = sorted({*one["subjects"], *other["subjects"]})
-        unit = unit_of(one, other["subject"], str(other["index"]))
+        unit = f"{unit_of(one)}-{other['index']}"
         for metric, value in values.items():
-            yield from measure_row(one, metric, value, unit=unit, members=members)
+            yield from measure_row(one, metric, value, unit=unit, members=one["subjects"])
 
 
 def of_kept(rows: Rows) -> Iterator[Row]:
@@ -192,8 +194,10 @@ def of_preserved(rows: Rows) -> Iterator[Row]:
         for metric in ("psnr", "ssim", "layout"):
             same, noise = row[metric], row[f"noise_{metric}"]
             yield from measure_row(row, f"prior_{metric}", same)
-            gained = None if same is None or noise is None else same - noise
-            yield from measure_row(row, f"seed_{metric}", gained)
+            if same is not None and noise is not None:
+                members = sorted({*row["subjects"], *row["noise_subjects"]})
+                about = {"unit": unit_of(row), "members": members}
+                yield from measure_row(row, f"seed_{metric}", same - noise, **about)
 
 
 def of_router(rows: Rows) -> Iterator[Row]:
@@ -201,12 +205,7 @@ def of_router(rows: Rows) -> Iterator[Row]:
 
     Images in which nobody, or nothing but people, was found have no values.
     """
-    images: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        images.setdefault((row["kind"], row["subject"], row["prompt_id"], row["index"]), []).append(row)
-    for own in images.values():
-        if own[0]["inside"] is None or own[0]["outside"] is None:
-            continue
+    for own in filter(is_whole, by_image(rows)):
         row = {**own[0], "method": "moa", "split": "validation"}
         for metric, value in _router_values(own).items():
             yield from measure_row(row, metric, value)
@@ -214,6 +213,9 @@ def of_router(rows: Rows) -> Iterator[Row]:
 
 def _router_values(rows: Rows) -> dict[str, float | None]:
     """The router's measures of one image."""
+    ours = [row for row in rows if row["in_losses"]]
+    layers = list(dict.fromkeys(row["layer"] for row in ours))  # in the U-Net's order
+    first = layers[: len(layers) // 2]
     middle = np.median([row["timestep"] for row in rows])
 
     def mean(column: Callable[[Mapping[str, Any]], float], part: Rows) -> float | None:
@@ -222,19 +224,17 @@ def _router_values(rows: Rows) -> dict[str, float | None]:
     def contrast(row: Mapping[str, Any]) -> float:
         return float(row["outside"] - row["inside"])
 
-    def less(one: float | None, other: float | None) -> float | None:
+    def less(part: Callable[[Mapping[str, Any]], bool]) -> float | None:
+        one = mean(contrast, [row for row in ours if part(row)])
+        other = mean(contrast, [row for row in ours if not part(row)])
         return None if one is None or other is None else one - other
 
-    ours = [row for row in rows if row["in_losses"]]
-    rest = mean(contrast, [row for row in rows if not row["in_losses"]])
-    early = mean(contrast, [row for row in ours if row["timestep"] > middle])
-    late = mean(contrast, [row for row in ours if row["timestep"] <= middle])
     return {
         "router_outside": mean(lambda row: row["outside"], ours),
         "router_inside": mean(lambda row: row["inside"], ours),
         "router_contrast": mean(contrast, ours),
-        "router_layers": less(mean(contrast, ours), rest),
-        "router_timesteps": less(early, late),
+        "router_layers": less(lambda row: row["layer"] in first),
+        "router_timesteps": less(lambda row: row["timestep"] > middle),
     }
 
 
@@ -268,7 +268,7 @@ def everything(
     Args:
         sample_files: scored rows.
         kept: `KEPT` rows.
-        measured: what `measure` wrote.
+        measured: what `measure`, and `moa.evaluation.shared.compare`, wrote.
         preserved: `PRESERVED` rows, if there is a prior.
         router: `ROUTER` rows, if there is a router.
         split: whose images.
@@ -306,10 +306,31 @@ class Values:
         """Mean over units, with its interval over subjects."""
         return interval(list(self.of.values()), [self.members[unit] for unit in self.of])
 
+    def less(self, other: Values) -> Values:
+        """The paired differences, of the units that both have."""
+        units = self.common(other)
+        return Values({u: self.of[u] - other.of[u] for u in units}, {u: self.members[u] for u in units})
+
     def minus(self, other: Values) -> Interval:
         """Mean paired difference over the units that both have. Raises ValueError if there are none."""
+        return self.less(other).mean()
+
+    def over(self, other: Values) -> Interval:
+        """Ratio of the means over the units that both have. Raises ValueError for none, or a mean of 0."""
         units = self.common(other)
-        return interval([self.of[u] - other.of[u] for u in units], [self.members[u] for u in units])
+        own, others = ([values.of[unit] for unit in units] for values in (self, other))
+        return ratio(own, others, [self.members[unit] for unit in units])
+
+    def beyond(self, other: Values) -> Interval:
+        """Difference of the means over units of their own, such as those of two groups of prompts."""
+        own = [1.0] * len(self) + [0.0] * len(other)
+        members = [values.members[unit] for values in (self, other) for unit in values.of]
+        return slope(own, [*self.of.values(), *other.of.values()], members)
+
+
+# By the first part of a measure's name, the one that has a value for each of its units; `pc` for the others.
+# There is none for the router, whose images have no PC.
+ALWAYS = {"swap": "swap_margin", "vary": "vary_clip", "router": ""}
 
 
 class Measures:
@@ -323,6 +344,11 @@ class Measures:
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         """(kind, metric, method) of all that there is, in the order of their names."""
         return iter(sorted(self._rows))
+
+    def asked(self, kind: str, metric: str, method: str, group: str | None = None) -> set[str] | None:
+        """The units that were made, with a value of the metric or not; None if that is unknown."""
+        made = self.get(kind, ALWAYS.get(metric.split("_")[0], "pc"), method, group)
+        return {*made.of, *self.get(kind, metric, method, group).of} if made else None
 
     def get(self, kind: str, metric: str, method: str, group: str | None = None) -> Values:
         """The values, of one group of prompts or of all; empty if nothing was measured."""

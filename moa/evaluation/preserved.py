@@ -31,8 +31,9 @@ PRESERVED = pa.schema(
         *(samples.SAMPLE.field(name) for name in _SAME),
         *(pa.field(name, pa.float64()) for name in _LIKENESS),  # to the prior's image of the same noise
         *(pa.field(f"noise_{name}", pa.float64()) for name in _LIKENESS),  # and of other noise
+        pa.field("noise_subjects", pa.list_(pa.string())),  # whose request has that noise; null if none has
     ],
-    metadata={"moa_schema": "preserved/1"},
+    metadata={"moa_schema": "preserved/2"},
 )
 
 
@@ -125,6 +126,7 @@ def compare(
             {name: row[name] for name in _SAME}
             | likeness(own, view(same[key]), dilation)
             | {f"noise_{name}": value for name, value in noise.items()}
+            | {"noise_subjects": other[key]["subjects"] if key in other else None}
         )
     write_rows(output, preserved, PRESERVED)
 

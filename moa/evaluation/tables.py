@@ -92,7 +92,7 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, r"\end{tabular}", *(f"% {note}" for note in table.notes)]) + "\n"
 
 
-_MATHS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$"}
+_MATHS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$", "±": r"$\pm$"}
 
 
 def _escape(text: str) -> str:

@@ -68,10 +68,34 @@ def test_leak_stands_for_images_with_all_their_faces_only():
     seen[rows[0]["path"]] = look([EYE[1], EYE[0]])  # s0 and s1, in the other order
     found = list(measures.of_pairs(rows, seen, REFERENCES))
     assert [(r["metric"], r["value"], r["unit"]) for r in found] == [
-        (metric, value, "s0+s1/group-00/0") for metric, value in (("own", 1.0), ("leak", 0.0), ("apart", 1.0))
+        (metric, value, "s0+s1/group-00/0")
+        for metric, value in (("own", 1.0), ("leak", 0.0), ("leak_excess", 0.0), ("apart", 1.0))
     ]
     assert found[0]["members"] == ["s0", "s1"]
     assert list(measures.of_pairs(make_rows("single", ("moa",)), {}, REFERENCES)) == []
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_faithful_faces_of_people_who_look_alike_have_a_leak_but_no_excess(count):
+    """Whoever is blended with the other has one, and by how much is known."""
+    references = EYE[:count] + EYE[5]
+    references /= np.linalg.norm(references, axis=1, keepdims=True)  # cosines of 1/2
+    row = {**make_rows("multi", ("moa",))[0], "subjects": [f"r{n}" for n in range(count)]}
+    known = {f"r{n}": look([vector]) for n, vector in enumerate(references)}
+
+    def excess(faces):
+        found = {
+            r["metric"]: r["value"] for r in measures.of_pairs([row], {row["path"]: look(list(faces))}, known)
+        }
+        assert found["leak_excess"] == pytest.approx(found["leak"] - 0.5)
+        return found["leak_excess"]
+
+    assert excess(references) == pytest.approx(0.0)
+    blend = 0.8 * references + 0.2 * references[[*range(1, count), 0]]
+    blend /= np.linalg.norm(blend, axis=1, keepdims=True)
+    others = [blend[n] @ references[s] for n in range(count) for s in range(count) if s != n]
+    assert excess(blend) == pytest.approx(np.mean(others) - 0.5)
+    assert excess(blend) > 0.05
 
 
 def test_swap_by_hand():
@@ -105,9 +129,7 @@ def test_missing_counts_subjects_and_size_needs_them_all():
 
 def test_variation_compares_different_noise_of_one_prompt():
     rows = make_rows("single", ("moa",))
-    pairs = measures.seed_pairs(rows)
-    assert len(pairs) == 2 * 15  # an image a subject: subjects against one another
-    assert all(a["prompt"] == b["prompt"] and a["seed"] != b["seed"] for a, b in pairs)
+    assert measures.seed_pairs(rows) == []  # an image a subject: others would differ in more than the noise
     more = [*rows, *({**row, "index": 1, "seed": row["seed"] + 1000} for row in rows)]
     pairs = measures.seed_pairs(more)
     assert len(pairs) == len(rows)  # two images a subject: the subject stays
@@ -116,7 +138,8 @@ def test_variation_compares_different_noise_of_one_prompt():
 
 
 def test_variation_by_hand():
-    rows = [r for r in make_rows("single", ("moa",)) if r["prompt_id"] == "group-00"][:3]
+    row = make_rows("single", ("moa",))[0]
+    rows = [{**row, "index": n, "seed": n, "path": f"{n}.png"} for n in range(3)]
     seen = {
         rows[0]["path"]: look(persons=(0, 4)),
         rows[1]["path"]: look(persons=(2, 6), clip=(0.6, 0.8)),
@@ -124,16 +147,22 @@ def test_variation_by_hand():
     }
     found = list(measures.of_seeds(rows, seen))
     assert list(by(found, "vary_layout").values()) == pytest.approx([1 - 2 / 6])
-    assert sorted(by(found, "vary_clip").values()) == pytest.approx([0.0, 0.4, 0.4])
+    assert by(found, "vary_clip") == pytest.approx(
+        {"s0/group-00/0-1": 0.4, "s0/group-00/0-2": 0.0, "s0/group-00/1-2": 0.4}
+    )
+    assert {tuple(r["members"]) for r in found} == {("s0",)}
 
 
 def router_rows():
-    """One image, two layers of which one is in L, two timesteps; and an image in which nobody was found."""
-    weights = {("a", 600): (0.9, 0.6), ("a", 100): (0.8, 0.7), ("b", 600): (0.5, 0.5), ("b", 100): (0.3, 0.7)}
+    """One image, three layers of which two are in L, two timesteps; and an image that shows nobody."""
+    weights = {
+        ("a", 600): (0.9, 0.6), ("a", 100): (0.8, 0.7), ("b", 600): (0.5, 0.5), ("b", 100): (0.3, 0.7),
+        ("c", 600): (0.7, 0.6), ("c", 100): (0.6, 0.7),
+    }  # fmt: skip
     return [
         {
             "subject": subject, "subjects": [subject], "kind": "single", "prompt_id": "p", "index": 0,
-            "layer": layer, "in_losses": layer == "a", "timestep": timestep,
+            "layer": layer, "in_losses": layer != "b", "timestep": timestep,
             "inside": None if subject == "s1" else inside, "outside": outside,
         }
         for subject in ("s0", "s1")
@@ -145,10 +174,12 @@ def test_router_by_hand():
     found = {row["metric"]: row["value"] for row in measures.of_router(router_rows())}
     assert found == pytest.approx(
         {
-            "router_outside": 0.85, "router_inside": 0.65, "router_contrast": 0.2,
-            "router_layers": 0.2 - (-0.2), "router_timesteps": 0.3 - 0.1,
+            "router_outside": 0.75, "router_inside": 0.65, "router_contrast": 0.1,
+            "router_layers": 0.2 - 0.0, "router_timesteps": 0.2 - 0.0,
         }
     )  # fmt: skip
+    alone = [row for row in router_rows() if row["layer"] != "c"]
+    assert "router_layers" not in {row["metric"] for row in measures.of_router(alone)}  # one layer of L
 
 
 def test_measures_are_paired_by_unit_and_averaged_over_trainings():
@@ -166,10 +197,48 @@ def test_measures_are_paired_by_unit_and_averaged_over_trainings():
     expected = interval([0.3 - 0.0, 0.5 - 0.1], [["s0"], ["s1"]])
     assert astuple(own.minus(other)) == pytest.approx(astuple(expected))
     assert len(found.get("single", "ip", "moa", "another group")) == 0
+    assert astuple(own.over(own))[:1] == pytest.approx((1.0,))
+    twice = Measures([*rows, *({**row, "value": 2 * row["value"], "method": "x"} for row in rows[:4])])
+    double = twice.get("single", "ip", "x")
+    assert astuple(double.over(own)) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_groups_are_compared_by_their_means():
+    """The same as a paired difference where each subject is in both, though not in the same prompts."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(1, 1, 8), rng.normal(0, 1, 8)
+    values = [
+        measures.Values(
+            {f"s{n}/{prompt}/0": v for n, v in enumerate(part)},
+            {f"s{n}/{prompt}/0": [f"s{n}"] for n in range(8)},
+        )
+        for prompt, part in (("a", one), ("b", other))
+    ]
+    expected = interval(one - other, [[f"s{n}"] for n in range(8)])
+    assert astuple(values[0].beyond(values[1])) == pytest.approx(astuple(expected))
+
+
+def test_floors_belong_to_their_subjects_too():
+    about = {"method": "moa", "split": "test", "kind": "single", "subject": "s0", "subjects": ["s0"]}
+    likeness = {
+        "psnr": 3.0,
+        "ssim": 0.9,
+        "layout": 1.0,
+        "noise_psnr": 2.0,
+        "noise_ssim": 0.5,
+        "noise_layout": 0.5,
+    }
+    row = about | {"prompt_id": "p", "prompt_group": "g", "index": 0, "noise_subjects": ["s1"]} | likeness
+    members = {found["metric"]: found["members"] for found in measures.of_preserved([row])}
+    assert members["prior_psnr"] == ["s0"]
+    assert members["seed_psnr"] == members["seed_layout"] == ["s0", "s1"]
 
 
 def test_the_stage_joins_what_others_wrote(tmp_path):
     rows = [row for kind in ("single", "multi", "swap") for row in make_rows(kind, ("moa",))]
+    rows += [
+        {**row, "index": 1, "seed": row["seed"] + 1, "path": f"1-{row['path']}"} for row in rows[:12]
+    ]  # a second image of each single subject
     seen = {row["path"]: look([EYE[int(name[1])] for name in row["subjects"]], (0, 4)) for row in rows}
     samples.write(tmp_path / "samples.parquet", rows)
     features.write(tmp_path / "seen.parquet", seen)
@@ -184,19 +253,26 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
         [
             {name: row[name] for name in preserved.PRESERVED.names[:9]}
             | {"psnr": 30.0, "ssim": 0.9, "layout": 1.0}
-            | {"noise_psnr": 20.0, "noise_ssim": noise, "noise_layout": 0.25}
+            | {"noise_psnr": 20.0, "noise_ssim": noise, "noise_layout": 0.25, "noise_subjects": ["s1"]}
             for row, noise in ((rows[0], None), (rows[1], 0.7))
         ],
         preserved.PRESERVED,
     )
     arguments = [tmp_path / name for name in ("samples.parquet", "seen.parquet", "references.parquet")]
     measures.measure(*arguments, tmp_path / "measures.parquet")
+    shared = [
+        next(measures.measure_row(swap, f"{of}_{name}_shared", 25.0))
+        for of in ("swap", "prior")
+        for name in ("psnr", "ssim")
+    ]
+    write_rows(tmp_path / "shared.parquet", shared, measures.MEASURE)
     found = measures.everything(
-        [tmp_path / "samples.parquet"], tmp_path / "kept.parquet", [tmp_path / "measures.parquet"],
+        [tmp_path / "samples.parquet"], tmp_path / "kept.parquet",
+        [tmp_path / "measures.parquet", tmp_path / "shared.parquet"],
         [tmp_path / "preserved.parquet"], [tmp_path / "router.parquet"],
     )  # fmt: skip
     assert {metric for kind, metric, _ in found if kind == "multi"} == {
-        "ip", "pc", "missing", "size", "own", "leak", "apart", "vary_layout", "vary_clip",
+        "ip", "pc", "missing", "size", "own", "leak", "leak_excess", "apart",
     }  # fmt: skip
     assert {metric for kind, metric, _ in found if kind == "swap"} >= {"swap_margin", "swap_named"}
     units = ["s0/group-00/0", "s0/group-01/0"]
@@ -205,6 +281,6 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     assert found.get("single", "seed_layout", "moa").of == dict.fromkeys(units, 0.75)
     assert found.get("single", "seed_ssim", "moa").of == pytest.approx({units[1]: 0.2})
     assert found.get("swap", "swap_psnr", "moa").of == {"s0/s1/group-00/0": 25.0}
-    assert found.get("single", "router_contrast", "moa").of == pytest.approx({"s0/p/0": 0.2})
+    assert found.get("single", "router_contrast", "moa").of == pytest.approx({"s0/p/0": 0.1})
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     assert {metric for _, metric, _ in found} == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))

@@ -49,6 +49,7 @@ def test_context_is_compared_beside_the_persons_and_with_the_same_noise(results)
     assert len(rows) == 12
     assert {round(row["psnr"], 2) for row in rows} == {58.92}  # equal up to rounding
     assert {row["layout"] for row in rows} == {8 / 12}
+    assert all(row["noise_subjects"] == [f"s{(int(row['subject'][1]) + 1) % 6}"] for row in rows)
     assert max(row["noise_psnr"] for row in rows) < 10
     assert max(row["noise_ssim"] for row in rows) < 0.2
     assert {row["noise_layout"] for row in rows} == {8 / 12}
@@ -88,7 +89,7 @@ def test_nobody_found_is_no_value(results):
     }
     features.write(results / "moa-features.parquet", nobody)
     rows = compare(results)
-    assert {row[name] for row in rows for name in PRESERVED.names[9:]} == {None}
+    assert {row[name] for row in rows for name in PRESERVED.names[9:15]} == {None}
 
 
 def test_other_noise_than_the_priors_is_an_error(results):

@@ -84,10 +84,14 @@ EVERY = MINIATURE["methods"]
     [
         (
             {"fastcomposer": []},
-            ["fastcomposer"],
+            ["fastcomposer", "scores/shared"],
             ["figures/swap.png", "figures/router.png", "context.csv", "tables/claims.csv", "moa-preserved"],
         ),
-        ({"prior": []}, ["made/prior", "-preserved"], ["tables/claims.csv", "moa-measures", "main.csv"]),
+        (
+            {"prior": []},
+            ["made/prior", "-preserved"],
+            ["tables/claims.csv", "moa-measures", "main.csv", "scores/shared"],
+        ),
         (
             {name: ["single", "multi"] for name in EVERY},
             ["test-swap", "context", "figures/swap"],

@@ -23,6 +23,9 @@ CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for for
 CLAIMS += [f"{OUT}/tables/sizes.csv"]
 # What is left of the prior's images can be said only where there are any.
 PRESERVED = [f"{OUT}/scores/{method}-preserved.parquet" for method in METHODS if "prior" in METHODS]
+RIVALS = ("moa", "fastcomposer")  # compared over the same pixels, where there are both
+SHARED = [f"{OUT}/scores/shared.parquet"] if {*RIVALS} <= {*METHODS} else []
+BASE = ["prior"] if "prior" in METHODS else []
 TABLES = [*QUALITY, *DETAILS, *CLAIMS, f"{OUT}/tables/cost.csv", *ROUTER, *ANNOTATION]
 
 
@@ -182,6 +185,35 @@ rule compare_prior:
         " --prior-seen {input.prior_features} --results {params.results} --output {output} > {log} 2>&1"
 
 
+rule compare_methods:
+    input:
+        samples=[f"{OUT}/scores/{method}.parquet" for method in RIVALS],
+        features=[f"{OUT}/scores/{method}-features.parquet" for method in RIVALS],
+        prior=[f"{OUT}/scores/{method}.parquet" for method in BASE],
+        prior_features=[f"{OUT}/scores/{method}-features.parquet" for method in BASE],
+    output:
+        f"{OUT}/scores/shared.parquet",
+    log:
+        f"{OUT}/logs/compare_methods.log",
+    benchmark:
+        f"{OUT}/benchmarks/compare_methods.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+    params:
+        code=code("compare-methods"),
+        results=results,
+        prior=lambda wildcards, input: option("--prior", input.prior),
+        prior_seen=lambda wildcards, input: option("--prior-seen", input.prior_features),
+    message:
+        "Comparing the context that MoA and FastComposer keep over the same pixels"
+    shell:
+        "python -m moa compare-methods --made {input.samples} --seen {input.features} {params.prior}"
+        " {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
+
+
 rule measure:
     input:
         samples=f"{OUT}/scores/{{method}}.parquet",
@@ -212,7 +244,7 @@ rule claims:
         claims="config/claims.yaml",
         samples=f"{OUT}/samples.parquet",
         kept=f"{OUT}/scores/kept.parquet",
-        measured=[f"{OUT}/scores/{method}-measures.parquet" for method in METHODS],
+        measured=[*(f"{OUT}/scores/{method}-measures.parquet" for method in METHODS), *SHARED],
         preserved=PRESERVED,
         router=[f"{OUT}/router/rows.parquet"] if ROUTER else [],
     output:
