@@ -157,7 +157,7 @@ def own_folder(folder: Path, resume: str) -> tuple[Path, str]:
     killed one goes on there, whatever became of that checkpoint, and the run without it never takes these
     checkpoints for its own. Raises FileNotFoundError as `find`.
     """
-    if resume in ("latest", "none") or (folder / resume).is_dir():
+    if resume in ("latest", "none") or (Path(resume).name == resume and (folder / resume).is_dir()):
         return folder, resume
     branch = f"{folder.name}-from-"
     own = folder.with_name(branch + key(path=str(Path(resume).resolve())))

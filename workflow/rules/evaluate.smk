@@ -208,7 +208,7 @@ rule compare_methods:
         prior=lambda wildcards, input: option("--prior", input.prior),
         prior_seen=lambda wildcards, input: option("--prior-seen", input.prior_features),
     message:
-        "Comparing the context that MoA and FastComposer keep over the same pixels"
+        "Comparing MoA and FastComposer over the same pixels"
     shell:
         "python -m moa compare-methods --made {input.samples} --seen {input.features} {params.prior}"
         " {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
