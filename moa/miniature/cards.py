@@ -25,6 +25,7 @@ GATES = {  # which rows of the gates speak of a model
     "identity": ("identity", "mean colours"),
     "attributes": ("attributes",),
 }
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 LICENCE = """---
 license: apache-2.0
 library_name: {library}
@@ -37,9 +38,10 @@ def _recipe(file: Path) -> str:
     """One trained part: what a reader needs to train it again."""
     recipe = json.loads(file.read_text())
     budget: dict[str, Any] = recipe["settings"]["budget"]
+    optimizer = OPTIMIZERS[budget.get("optimizer", "adamw")]
     return (
         f"- **{recipe['model']}**: {recipe['parameters']:,} parameters; {budget['steps']} steps of "
-        f"{budget['batch_size']} pictures, AdamW at {budget['lr']:g} (cosine), weight decay "
+        f"{budget['batch_size']} pictures, {optimizer} at {budget['lr']:g} (cosine), weight decay "
         f"{budget['weight_decay']:g}, EMA {budget['ema']:g}, seed {budget['seed']}; "
         f"{recipe['seconds'] / 60:.0f} minutes with {recipe['settings']['threads']} thread(s) of a "
         f"{recipe['processor']} processor, torch {recipe['torch']}. Data: {recipe['settings']['images']} "

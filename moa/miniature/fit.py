@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ class Budget:
     weight_decay: float = 0.01
     warmup: int = 50  # steps
     ema: float = 0.0  # decay of the averaged weights that are kept in the end; 0 = no averaging
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of weight matrices; all else keeps AdamW
     bf16: bool = True  # autocast; sums, norms and the optimizer stay in fp32
     clip: float = 1.0  # norm that gradients are clipped to
     checkpoint_seconds: float = 300.0  # at most this much work is lost by a kill
@@ -43,15 +44,33 @@ class Budget:
         return self.lr * warm * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
+MUON_SIDE = 16  # smallest side of a matrix that Muon orthogonalises; heads of few classes keep AdamW
+
+
+def optimizers(parameters: list[nn.Parameter], budget: Budget) -> list[torch.optim.Optimizer]:
+    """AdamW, behind Muon (Jordan et al., 2024) for matrices where the budget says so."""
+    matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= MUON_SIDE]
+    matrices = matrices if budget.optimizer == "muon" else []
+    of_muon = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in of_muon]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=budget.lr, weight_decay=budget.weight_decay, betas=(0.9, 0.99))
+    ]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=budget.lr, weight_decay=budget.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        made.append(muon)
+    return made
+
+
 class Run:
     """The state of a training that survives a kill: weights, average, optimizer, step, open row of log."""
 
     def __init__(self, model: nn.Module, budget: Budget, folder: Path):
         self.model, self.budget, self.folder = model, budget, folder
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, lr=budget.lr, weight_decay=budget.weight_decay, betas=(0.9, 0.99)
-        )
+        self.optimizers = optimizers(parameters, budget)
         self.ema = EMAModel(parameters, decay=budget.ema) if budget.ema else None
         self.parameters, self.step, self.seconds = parameters, 0, 0.0
         self.sums: dict[str, float] = {}  # losses since the last row of the log
@@ -68,7 +87,8 @@ class Run:
             return
         state = torch.load(self.file, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -77,7 +97,7 @@ class Run:
     def save(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "ema": self.ema.state_dict() if self.ema else None,
             "step": self.step,
             "seconds": self.seconds,
@@ -91,15 +111,17 @@ class Run:
 
         FloatingPointError, before any weight changes, if the loss or its gradient is not finite.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.budget.rate(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.budget.rate(self.step)
         total = torch.stack([v.float() for v in losses.values()]).sum()
         self._check("loss", total)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.budget.clip)
         self._check("norm of the gradient", norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if self.ema:
             self.ema.step(self.parameters)
         self.step += 1

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTextModel
 
 from moa.hashing import code_hash, model_hash, settings_hash
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
-from moa.miniature.recipes import annotators, clip, judges, prior, vae
+from moa.miniature.recipes import annotators, clip, judges, prior, text, vae
 
 Model = Literal[
     "vae",
@@ -28,6 +28,8 @@ Model = Literal[
     "unet",
     "details",
     "finish",
+    "text",
+    "polish",
     "image_encoder",
     "identity",
     "attributes",
@@ -53,6 +55,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "unet": ("vae", "clip"),
     "details": ("vae", "clip", "unet"),
     "finish": ("vae", "clip", "details"),
+    "text": ("clip",),
+    "polish": ("vae", "text", "finish"),
     "image_encoder": ("clip",),
 }
 
@@ -72,9 +76,15 @@ def _clip(folder: Path) -> CLIPModel:
     return CLIPModel.from_pretrained(folder, dtype=torch.float32)
 
 
+def _tower(parts: Parts) -> CLIPTextModel:
+    """The text tower that a U-Net is trained with: the one trained on, where there is one."""
+    if "text" in parts:
+        return CLIPTextModel.from_pretrained(parts["text"], dtype=torch.float32)
+    return models.text_encoder(_clip(parts["clip"]))
+
+
 def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
-    text = models.text_encoder(_clip(parts["clip"]))
-    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text)
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), _tower(parts))
 
 
 def _train_on(
@@ -82,14 +92,18 @@ def _train_on(
 ) -> tuple[nn.Module, float]:
     """Train the U-Net `start` on, for the details."""
     unet = UNet2DConditionModel.from_pretrained(parts[start])
-    text = models.text_encoder(_clip(parts["clip"]))
-    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), text, unet)
+    autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
+    return prior.train(budget, data, folder, autoencoder, _tower(parts), unet)
 
 
 def _train_decoder(
     budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
     return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]))
+
+
+def _train_text(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
+    return text.train(budget, data, folder, models.text_encoder(_clip(parts["clip"])))
 
 
 def _train_image_encoder(
@@ -105,6 +119,8 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "unet": _train_unet,
     "details": partial(_train_on, "unet"),
     "finish": partial(_train_on, "details"),
+    "text": _train_text,
+    "polish": partial(_train_on, "finish"),
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
@@ -140,6 +156,8 @@ def run(
     clip: Path | None = None,
     unet: Path | None = None,
     details: Path | None = None,
+    finish: Path | None = None,
+    text: Path | None = None,
 ) -> None:
     """Train one model and save it in half precision.
 
@@ -147,7 +165,7 @@ def run(
     same settings, data, code and parts goes on, until the model is saved. Parts that are missing are named
     before any scene is rendered; see `check_parts`.
     """
-    given = {"vae": vae, "clip": clip, "unet": unet, "details": details}
+    given = {"vae": vae, "clip": clip, "unet": unet, "details": details, "finish": finish, "text": text}
     parts = {name: folder for name, folder in given.items() if folder is not None}
     check_parts(model, parts)
     torch.set_num_threads(settings.threads)
@@ -184,12 +202,21 @@ def run(
 
 
 def assemble(
-    vae: Path, decoder: Path, clip: Path, unet: Path, details: Path, finish: Path, prior: Path
+    vae: Path,
+    decoder: Path,
+    clip: Path,
+    unet: Path,
+    details: Path,
+    finish: Path,
+    text: Path,
+    polish: Path,
+    prior: Path,
 ) -> None:
     """Join trained parts into the prior in diffusers' folder layout."""
-    text = models.text_encoder(_clip(clip))
     pipeline = models.assemble_prior(
-        AutoencoderKL.from_pretrained(decoder), UNet2DConditionModel.from_pretrained(finish), text
+        AutoencoderKL.from_pretrained(decoder),
+        UNet2DConditionModel.from_pretrained(polish),
+        CLIPTextModel.from_pretrained(text, dtype=torch.float32),
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
     sources = {
@@ -199,6 +226,8 @@ def assemble(
         "unet": unet,
         "details": details,
         "finish": finish,
+        "text": text,
+        "polish": polish,
     }
     for name, source in sources.items():
         for file in ("recipe.json", "log.csv"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moa.miniature.fit import Budget, fit
+from moa.miniature.fit import Budget, fit, optimizers
 from tests.miniature.trainings import copied, equal, log
 
 BUDGET = Budget(
@@ -21,12 +21,15 @@ BUDGET = Budget(
 def regression(folder, stop=None, budget=BUDGET):
     """Fit a small net with running statistics and its own noise; `stop` is the step that a kill comes in."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+    inputs, width = (16, 16) if budget.optimizer == "muon" else (4, 8)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(inputs, width), torch.nn.BatchNorm1d(width), torch.nn.Linear(width, 1)
+    )
 
     def loss(step, rng):
         if step == stop:
             raise KeyboardInterrupt
-        x = torch.from_numpy(rng.normal(size=(budget.batch_size, 4))).float()
+        x = torch.from_numpy(rng.normal(size=(budget.batch_size, inputs))).float()
         error = model(x + 0.1 * torch.randn_like(x)) - x.sum(1, keepdim=True)
         return {"error": error.square().mean(), "bias": error.mean().abs()}
 
@@ -73,9 +76,9 @@ def test_a_loss_may_join_later(tmp_path):
     assert float(log(tmp_path / "killed")[1]["caption"]) == 3
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, bf16):
-    budget = replace(BUDGET, bf16=bf16)
+@pytest.mark.parametrize("changes", [{"bf16": False}, {}, {"optimizer": "muon"}])
+def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, changes):
+    budget = replace(BUDGET, **changes)
     whole = regression(tmp_path / "whole", budget=budget)
     for stop in (1, 7, 11):
         with pytest.raises(KeyboardInterrupt):
@@ -85,6 +88,26 @@ def test_a_killed_training_ends_like_an_unbroken_one(tmp_path, bf16):
     assert_same_training(tmp_path / "whole", tmp_path / "killed")
     assert equal(copied(whole), copied(resumed))
     assert not equal(copied(whole), checkpoint(tmp_path / "whole")["model"])  # what is kept is the average
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    """An orthogonal step as large as AdamW's (0.2 · √side · lr): all its singular values are alike."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 3))
+    budget = replace(BUDGET, optimizer="muon", weight_decay=0.0)
+    adamw, muon = optimizers(list(model.parameters()), budget)
+    held = [{id(p) for group in o.param_groups for p in group["params"]} for o in (muon, adamw)]
+    assert held[0] == {id(model[0].weight)}
+    assert held[1] == {id(p) for p in model.parameters()} - held[0]
+    before = model[0].weight.detach().clone()
+    model(torch.randn(64, 32)).square().sum().backward()
+    muon.step()
+    turned = torch.linalg.svdvals(before - model[0].weight.detach())[
+        :3
+    ]  # three outputs: a gradient of rank 3
+    assert turned / (0.2 * 32**0.5 * budget.lr) == pytest.approx(torch.ones(3), abs=0.35)
+    (only,) = optimizers(list(model.parameters()), BUDGET)
+    assert isinstance(only, torch.optim.AdamW)
 
 
 def test_rows_past_the_last_checkpoint_are_written_anew(tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     Blip2ForConditionalGeneration,
     CLIPModel,
+    CLIPTextModel,
     CLIPVisionModelWithProjection,
     ResNetModel,
 )
@@ -30,11 +31,15 @@ from transformers import (
 from moa.hashing import ROOT
 from moa.miniature import cards, corpus, gates, models, pretrain
 from moa.miniature import fit as fit_module
+from moa.miniature.captions import web_caption
 from moa.miniature.fit import Budget, fit
 from moa.miniature.recipes import clip as clip_recipe
+from moa.miniature.recipes import text as text_recipe
 from moa.miniature.recipes import vae as vae_recipe
 from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
+from moa.miniature.recipes.prior import encode_texts
+from moa.miniature.tokenizer import load_tokenizer
 from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES
 from tests.miniature.trainings import copied, equal, log, weights
 
@@ -45,6 +50,8 @@ LOADERS = {
     "unet": UNet2DConditionModel,
     "details": UNet2DConditionModel,
     "finish": UNet2DConditionModel,
+    "text": CLIPTextModel,
+    "polish": UNet2DConditionModel,
     "image_encoder": CLIPVisionModelWithProjection,
     "identity": ResNetModel,
     "attributes": AutoModelForImageClassification,
@@ -61,7 +68,7 @@ PIXELS = {  # what the processor beside a model makes of a picture
     "segmenter": 128,
     "captioner": 64,
 }
-PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish")
+PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish", "text", "polish")
 CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
 
 
@@ -356,6 +363,8 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
         ("unet", ["vae"], "unet needs --clip:"),
         ("details", ["clip"], "details needs --vae, --unet:"),
         ("finish", ["vae", "clip"], "finish needs --details:"),
+        ("text", ["vae"], "text needs --clip:"),
+        ("polish", ["vae", "clip", "details"], "polish needs --text, --finish:"),
         ("decoder", ["clip"], "decoder needs --vae:"),
         ("image_encoder", ["vae"], "image_encoder needs --clip:"),
     ],
@@ -392,6 +401,56 @@ def test_the_subject_encoder_starts_from_clip_and_leaves_it_alone(trained, data,
     assert any(k.startswith("visual_projection") for k in start)
     after = copied(tower)
     assert not any(torch.equal(v, start[k]) for k, v in after.items() if v.ndim > 1 and v.is_floating_point())
+
+
+def test_captions_name_what_they_say_and_no_more():
+    scenes = [corpus.scene("pretrain", i, 0, pair_share=0.5, prop_share=0.5) for i in range(60)]
+    captions = [web_caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    targets = text_recipe.told(captions)
+    assert set(targets) == set(text_recipe.NAMES)
+    said = 0
+    for row, caption in enumerate(captions):
+        named = {n: int(t[row]) for n, t in targets.items() if t[row] >= 0}
+        facts = [*caption.facts["figures"], caption.facts["scene"]]
+        assert len(named) == sum(len(f) for f in facts)
+        for i, figure in enumerate(caption.facts["figures"]):
+            assert all(ATTRIBUTES[n][named[f"{n}_{i}"]] == value for n, value in figure.items())
+        said += len(named)
+    assert said > 300
+    assert any(len(s.identities) == 2 for s in scenes) and any(s.prop for s in scenes)
+
+
+def test_the_text_tower_tells_apart_what_lay_together_and_hardly_moves(data, tmp_path):
+    """Two words with one embedding, as sweater and shirt had nearly: only their captions' states may part."""
+    torch.manual_seed(0)
+    tower = models.text_encoder(models.clip())
+    vocabulary, tokens = load_tokenizer().get_vocab(), tower.get_input_embeddings().weight
+    with torch.no_grad():
+        tokens[vocabulary["sweater</w>"]] = tokens[vocabulary["shirt</w>"]]
+
+    def apart(a: str, b: str) -> float:
+        states = encode_texts(tower, [f"a man in a blue {word}, sad" for word in (a, b)])
+        return float((states[0] - states[1]).norm())
+
+    assert apart("sweater", "shirt") == 0
+    budget = Budget(steps=20, batch_size=8, lr=1e-3, warmup=1)
+    text_recipe.train(budget, data, tmp_path, tower)
+    assert apart("sweater", "shirt") > 0.3
+    assert float(log(tmp_path)[-1]["moved"]) < 1  # states that have nothing in common differ by 2
+
+
+def test_the_states_are_read_at_or_behind_the_end_of_a_caption(data, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(self, ids, positions, targets):
+        end = load_tokenizer().eos_token_id
+        seen.extend(int(row[p]) == end for row, p in zip(ids, positions, strict=True))
+        return real(self, ids, positions, targets)
+
+    real = text_recipe.WithHeads.losses
+    monkeypatch.setattr(text_recipe.WithHeads, "losses", spy)
+    text_recipe.train(small("text").budget, data, tmp_path, models.text_encoder(models.clip()))
+    assert len(seen) == 12 and all(seen)
 
 
 def test_the_decoder_learns_and_latents_stay_as_they_are(trained):
@@ -446,12 +505,12 @@ GATES = (
 def test_the_prior_is_made_of_its_parts(trained, shipped):
     prior = StableDiffusionPipeline.from_pretrained(shipped / "prior", dtype=torch.float32)
     assert equal(weights(shipped / "prior/vae"), weights(trained("decoder")))
-    assert equal(weights(shipped / "prior/unet"), weights(trained("finish")))
+    assert equal(weights(shipped / "prior/unet"), weights(trained("polish")))
     factors = {AutoencoderKL.load_config(trained(part))["scaling_factor"] for part in ("vae", "decoder")}
     assert factors == {prior.vae.config.scaling_factor} != {models.vae().config.scaling_factor}
-    clip, text = weights(trained("clip")), weights(shipped / "prior/text_encoder")
+    text = weights(shipped / "prior/text_encoder")
     assert len(text) > 30
-    assert all(torch.equal(v, clip["text_model." + k.removeprefix("text_model.")]) for k, v in text.items())
+    assert equal(text, weights(trained("text")))
     for part in PRIOR:
         for file in ("recipe.json", "log.csv"):
             assert (shipped / "prior" / f"{part}-{file}").read_text() == (trained(part) / file).read_text()
@@ -466,7 +525,8 @@ def test_cards_tell_recipe_and_gates(shipped, data):
         for part in parts:
             budget = small(part).budget
             assert re.search(rf"\*\*{part}\*\*: [\d,]+ parameters; 3 steps of 4 pictures", text)
-            assert f"AdamW at {budget.lr:g} (cosine), weight decay {budget.weight_decay:g}" in text
+            name = {"adamw": ", AdamW", "muon": ", Muon and AdamW"}[budget.optimizer]
+            assert f"{name} at {budget.lr:g} (cosine), weight decay {budget.weight_decay:g}" in text
             assert f"EMA {budget.ema:g}, seed {budget.seed}" in text
             log = f"{part}-log.csv" if name == "prior" else "log.csv"
             assert f"`{log}`" in text and (shipped / name / log).exists()

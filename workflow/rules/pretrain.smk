@@ -1,12 +1,14 @@
 # The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
-PARTS = ["vae", "decoder", "clip", "unet", "details", "finish"]
+PARTS = ["vae", "decoder", "clip", "unet", "details", "finish", "text", "polish"]
 NEEDS = {
     "decoder": ["vae"],
     "unet": ["vae", "clip"],
     "details": ["vae", "clip", "unet"],
     "finish": ["vae", "clip", "details"],
+    "text": ["clip"],
+    "polish": ["vae", "text", "finish"],
     "image_encoder": ["clip"],
 }
 WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
@@ -66,7 +68,7 @@ rule assemble_prior:
         "Joining the prior's parts"
     shell:
         "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet}"
-        " --details {input.details} --finish {input.finish} --prior {output} > {log} 2>&1"
+        " --details {input.details} --finish {input.finish} --text {input.text} --polish {input.polish} --prior {output} > {log} 2>&1"
 
 
 rule publish_model:
