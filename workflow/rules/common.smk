@@ -11,14 +11,15 @@ from moa.trained import TRAINED
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
-TUNING = CONFIG.get("tuning", {})  # method: trial: changes
+SEEDS = stages.train_seeds(CONFIG)  # of trainings: addition to their names: changes
 GPU = int(CONFIG["device"] != "cpu")
 
 
 wildcard_constraints:
     split="train|validation|test",
     shard=r"\d{3}",
-    method="|".join({"moa", "fastcomposer", *CONFIG["methods"]}),
+    method="|".join({"prior", "moa", "fastcomposer", *CONFIG["methods"]}),
+    seed="|".join(SEEDS),
     kind=r"\w+",
 
 
@@ -64,18 +65,5 @@ def parts(kind, *folder):
 
 def option(name, values):
     """An option of a stage with its values; nothing if there are none."""
+    values = list(values)
     return " ".join([name, *values]) if values else ""
-
-
-def changes(method, trial, section):
-    """What a trial changes of `train` or `sampling`."""
-    return TUNING[method][trial].get(section, {})
-
-
-def training_of(method, trial):
-    """The folder of a trial's weights: the main training's, or that of the first trial with the same changes."""
-    wanted = changes(method, trial, "train")
-    if not wanted:
-        return f"{OUT}/train/{method}"
-    first = next(name for name in TUNING[method] if changes(method, name, "train") == wanted)
-    return f"{OUT}/tuning/{method}/{first}/{method}"
