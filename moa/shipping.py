@@ -1,4 +1,4 @@
-"""What of a run is kept for others to read: `made.json`, which says how it was made, and a copy without images.
+"""What of a run is kept for others to read: made.json, which says how it was made; a copy without images.
 
 Entry points, called by `python -m moa provenance` and `python -m moa ship`:
 
@@ -27,8 +27,8 @@ SOURCES = ("Snakefile", "workflow", "config", "moa", "notebooks")  # what result
 def provenance(results: Path, config: str, command: str, output: Path) -> None:
     """Write what made a run, as JSON.
 
-    commit: of the sources, null outside of git; changed: files of them that differ from it; seconds: wall time
-    of the jobs by rule, of which several ran side by side; config: the whole configuration.
+    commit: of the sources, null outside of git; changed: files of them that differ from it; seconds: wall
+    time of the jobs by rule, of which several ran side by side; config: the whole configuration.
 
     Args:
         results: folder of a run.

@@ -28,10 +28,10 @@ SHOWN = {
     "swap_psnr": ("swap", "swap_psnr"),
 }  # columns: kind and measure
 NOTES = (
-    "Validation subjects; 95 % intervals over subjects. The reference is the method as it is; a difference is paired, "
-    "and to it.",
-    "One training each: what another seed would give is not in the intervals. Ablations that do not train share the "
-    "reference's.",
+    "Validation subjects; 95 % intervals over subjects. Differences are paired, to the method as it is, the "
+    "first row.",
+    "One training each: what another seed would give is not in the intervals. Ablations that do not train "
+    "share the reference's.",
 )
 
 
@@ -76,7 +76,7 @@ def table(measures: Measures, changes: Changes) -> Table:
     for method, ablations in changes.items():
         first = reference(method, ablations)
         for name in sorted(ablations, key=lambda other: other != first):  # the others in their order
-            about = {"method": method, "ablation": name, "changes": describe(ablations[name])}
+            about: dict[str, Any] = {"method": method, "ablation": name, "changes": describe(ablations[name])}
             about["trained"] = bool(ablations[name].get("train") or ablations[name].get("models"))
             about["images"] = len(measures.get("single", "ip", name_of(method, name)))
             rows.append(about | cells(measures, name_of(method, name), name_of(method, first)))

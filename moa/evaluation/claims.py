@@ -17,8 +17,8 @@ import yaml
 
 from moa.config import load
 from moa.data.errors import DataError
-from moa.evaluation import samples
 from moa.data.records import read_rows
+from moa.evaluation import samples
 from moa.evaluation.measures import MEASURE, Measures, Values, everything
 from moa.evaluation.statistics import Interval, interval, slope
 from moa.evaluation.tables import FORMS, ORDER, Table, by_method, limits, save

@@ -144,6 +144,10 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
         scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
     notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
+    if (count := len({row["train_seed"] for row in rows} - {None})) > 1:
+        notes.append(
+            f"Trained methods: mean of {count} trainings; tables/seeds says how far apart these lie."
+        )
     for row in published:
         table.append({"method": row["method"], "source": "published", "ip": row["ip"], "pc": row["pc"]})
     for reference in dict.fromkeys(row["reference"] for row in published):
@@ -318,10 +322,10 @@ def table3(rows: Rows, published: Rows) -> Table:
             table.append({"method": "", "published_as": _published_as(row)} | values)
     table += _published_differences(rows, published)
     notes = (
-        "Measured less published, with 95 % intervals over subjects of what was measured; published numbers come "
-        "without any. A − B: the paired difference of two methods, beside the difference that was published.",
-        "Published numbers are of CelebA's photographs. Where a run has other images and judges, a difference to "
-        "them is of these, too, and says little of the method; the difference of two methods says more.",
+        "Measured less published, with 95 % intervals over subjects of what was measured; published numbers "
+        "come without any. A − B: the paired difference of two methods, beside the difference that was published.",
+        "Published numbers are of CelebA's photographs. Where a run has other images and judges, a difference "
+        "to them is of these, too, and says little of the method; the difference of two methods says more.",
     )
     return Table(TABLE3, table, notes)
 
@@ -398,9 +402,9 @@ def trainings(rows: Rows, kind: str) -> Table:
                 value = limits("value", difference(own, other, members))
                 table.append(row | value | _spread(means[method], means[reference]))
     notes = (
-        "value: mean over images, with its 95 % interval over subjects. least, most: of the trainings' means, which "
-        "differ in their seed alone; of a difference, of all choices of a training of either method. sd: their "
-        "standard deviation.",
+        "value: mean over images, with its 95 % interval over subjects. least, most: of the trainings' means, "
+        "which differ in their seed alone; of a difference, of all choices of a training of either method. "
+        "sd: their standard deviation.",
     )
     return Table(SEEDS, table, notes)
 

@@ -651,7 +651,9 @@ def fine_tuned(unet, adapter):
     plain = copy.deepcopy(unet)
     for name, attn in attention_layers(plain).items():
         (expert,) = adapter.mixture(name).experts
-        for own, trained in zip((attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), expert.projections):
+        for own, trained in zip(
+            (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), expert.projections, strict=True
+        ):
             own.load_state_dict(trained.state_dict())
     return plain
 

@@ -6,7 +6,9 @@ MADE = {
 SCORES = [f"{OUT}/scores/{method}.parquet" for method in METHODS]
 FORMS = (".csv", ".md", ".tex")
 TABULATED = {"main": "single", "table3": "single", "multi": "multi", "context": "swap"}  # table: kind
-QUALITY = [f"{OUT}/tables/{name}{form}" for name, kind in TABULATED.items() if kind in KINDS for form in FORMS]
+QUALITY = [
+    f"{OUT}/tables/{name}{form}" for name, kind in TABULATED.items() if kind in KINDS for form in FORMS
+]
 # How far trainings of a method that differ in their seed alone lie apart.
 QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if len(SEEDS) > 1 and KINDS & {"single", "multi"}]
 DETAILS = [

@@ -119,7 +119,10 @@ rule made:
         config=lambda wildcards: json.dumps(CONFIG),
         code=code("provenance"),
         command=" ".join(
-            ["snakemake --cores all full", option("--configfile", map(os.path.relpath, workflow.configfiles))]
+            [
+                "snakemake --cores all full",
+                option("--configfile", map(os.path.relpath, workflow.configfiles)),
+            ]
         ).strip(),
         results=results,
     message:

@@ -20,7 +20,9 @@ def trial_config(wildcards):
 
 def trial_models(*roles):
     """The files of a trial's models that lie in local folders."""
-    return lambda wildcards: [file for role in roles for file in stages.model_files(trial_config(wildcards), role)]
+    return lambda wildcards: [
+        file for role in roles for file in stages.model_files(trial_config(wildcards), role)
+    ]
 
 
 def trial_settings(stage):
@@ -45,7 +47,9 @@ def trial_training(wildcards):
 def trial_requests(wildcards):
     """What is asked of every trial of a grid."""
     known = stages.kinds(CONFIG, "validation")
-    return [f"{OUT}/requests/validation-{kind}-000.parquet" for kind in WANTED[wildcards.grid] if kind in known]
+    return [
+        f"{OUT}/requests/validation-{kind}-000.parquet" for kind in WANTED[wildcards.grid] if kind in known
+    ]
 
 
 def trial_prior(file):
