@@ -323,9 +323,9 @@ def table3(rows: Rows, published: Rows) -> Table:
     table += _published_differences(rows, published)
     notes = (
         "Measured less published, with 95 % intervals over subjects of what was measured; published numbers "
-        "come without any. A − B: the paired difference of two methods, beside the difference that was published.",
-        "Published numbers are of CelebA's photographs. Where a run has other images and judges, a difference "
-        "to them is of these, too, and says little of the method; the difference of two methods says more.",
+        "come without any. A − B: the paired difference of two methods, beside the published one.",
+        "Published numbers are of CelebA's photographs. Where a run has other images and judges, a "
+        "difference to them is of these, too, and says little of the method; that of two methods says more.",
     )
     return Table(TABLE3, table, notes)
 
@@ -402,8 +402,8 @@ def trainings(rows: Rows, kind: str) -> Table:
                 value = limits("value", difference(own, other, members))
                 table.append(row | value | _spread(means[method], means[reference]))
     notes = (
-        "value: mean over images, with its 95 % interval over subjects. least, most: of the trainings' means, "
-        "which differ in their seed alone; of a difference, of all choices of a training of either method. "
+        "value: mean over images, with its 95 % interval over subjects. least, most: of the means of trainings "
+        "that differ in their seed alone; of a difference, of all choices of a training of either method. "
         "sd: their standard deviation.",
     )
     return Table(SEEDS, table, notes)

@@ -19,7 +19,7 @@ wildcard_constraints:
     split="train|validation|test",
     shard=r"\d{3}",
     method="|".join({"prior", "moa", "fastcomposer", *CONFIG["methods"]}),
-    seed="|".join(SEEDS),
+    seed=f"(?:{'|'.join(SEEDS)})",  # also of the empty one
     kind=r"\w+",
 
 
