@@ -403,7 +403,7 @@ def trainings(rows: Rows, kind: str) -> Table:
                 table.append(row | value | _spread(means[method], means[reference]))
     notes = (
         "value: mean over images, with its 95 % interval over subjects. least, most: of the means of "
-        "trainings that differ in their seed alone; of a difference, of all choices of a training of either method. "
+        "trainings that differ in their seed alone; of a difference, of all choices of one of either method. "
         "sd: their standard deviation.",
     )
     return Table(SEEDS, table, notes)

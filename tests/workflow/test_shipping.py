@@ -18,6 +18,7 @@ def run(tmp_path: Path) -> Path:
         "tables/main.md",
         "figures/swap.png",
         "images/moa/a.png",
+        "figures/maps.npy",
         "samples.parquet",
         "train/moa/adapter.safetensors",
         "benchmarks/claims.tsv",
