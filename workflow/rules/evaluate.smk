@@ -291,6 +291,7 @@ rule cost_table:
         "../../envs/models.yaml"
     params:
         code=code("cost"),
+        folder=subpath(output[0], parent=True),
         training=lambda wildcards: option(
             "--training",
             [
@@ -307,7 +308,7 @@ rule cost_table:
         "Tabulating cost"
     shell:
         "python -m moa cost --sample-files {input.samples} {params.training} --memory {params.memory}"
-        " --output {output[0]} > {log} 2>&1"
+        " --output {params.folder}/cost.csv > {log} 2>&1"
 
 
 rule router:

@@ -2,69 +2,6 @@
 # scored by the rules of the main job. There are two grids of them. `tuning` chooses settings: `snakemake tune`.
 # `ablations` shows what a part is worth, MoA beside itself without it: tables/ablations, and rows of the claims ledger.
 # Trials of a method that train alike share one training, those that change nothing of it the main one.
-GRIDS = {grid: CONFIG.get(grid, {}) for grid in ("tuning", "ablations")}  # grid: method: trial: changes
-TRIALS = {grid: [(m, name) for m, names in GRIDS[grid].items() for name in names] for grid in GRIDS}
-TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
-WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
-
-
-wildcard_constraints:
-    grid="|".join(GRIDS),
-    trial=r"[\w.+-]+",
-
-
-def trial_config(wildcards):
-    """The configuration of a trial."""
-    return stages.trial(CONFIG, wildcards.grid, wildcards.method, wildcards.trial)
-
-
-def trial_models(*roles):
-    """The files of a trial's models that lie in local folders."""
-    return lambda wildcards: [
-        file for role in roles for file in stages.model_files(trial_config(wildcards), role)
-    ]
-
-
-def trial_settings(stage):
-    """A stage's settings in a trial, as JSON; `{method}` in its name stands for the trial's."""
-    return lambda wildcards: json.dumps(
-        stages.settings(stage.format(method=wildcards.method), trial_config(wildcards)), sort_keys=True
-    )
-
-
-def trial_training(wildcards):
-    """The folder of a trial's weights; none for the prior."""
-    grid, method, trial = wildcards.grid, wildcards.method, wildcards.trial
-    if method not in TRAINED:
-        return []
-    changed = stages.changes(CONFIG, grid, method, trial)
-    if not changed.get("train") and not changed.get("models"):
-        return f"{OUT}/train/{method}"
-    first = stages.first_alike(CONFIG, grid, method, trial, "train", "models")
-    return f"{OUT}/{grid}/{method}/{first}/{method}"
-
-
-def trial_requests(wildcards):
-    """What is asked of every trial of a grid."""
-    known = stages.kinds(CONFIG, "validation")
-    return [
-        f"{OUT}/requests/validation-{kind}-000.parquet" for kind in WANTED[wildcards.grid] if kind in known
-    ]
-
-
-def trial_prior(file):
-    """A file of the prior's images that a trial is compared with."""
-    return lambda wildcards: (
-        f"{OUT}/{wildcards.grid}/prior/"
-        f"{stages.prior_trial(CONFIG, wildcards.grid, wildcards.method, wildcards.trial)}/{file}"
-    )
-
-
-def trial_folder(wildcards):
-    """The folder of a trial."""
-    return TRIAL.format(**wildcards)
-
-
 use rule train as trial_train with:
     input:
         records=shards("records", "train"),
@@ -174,7 +111,7 @@ rule tuning_table:
     params:
         code=code("tuning-table"),
         trials=[f"{method}/{trial}={OUT}/tuning/{method}/{trial}" for method, trial in TRIALS["tuning"]],
-        changes=json.dumps(GRIDS["tuning"], sort_keys=True),
+        changes=json.dumps(TRIED["tuning"], sort_keys=True),
     message:
         "Tabulating the tuning grid"
     shell:
@@ -213,8 +150,8 @@ rule ablation_table:
     params:
         code=code("ablation-table"),
         trials=[f"{m}/{trial}={OUT}/ablations/{m}/{trial}" for m, trial in TRIALS["ablations"]],
-        changes=json.dumps(GRIDS["ablations"], sort_keys=True),
-        folder=f"{OUT}/tables",
+        changes=json.dumps(TRIED["ablations"], sort_keys=True),
+        folder=subpath(output[0], parent=True),
     message:
         "Tabulating the ablations"
     shell:
