@@ -1,11 +1,12 @@
 """Mixture-of-Attention, from photos to tables. `snakemake --cores all` runs the miniature preset.
 
 The paper preset: `snakemake --cores all --configfile config/paper.yaml`.
+More of the miniature, in hours: `snakemake --cores all full --configfile config/full.yaml`.
 """
 
 from snakemake.utils import min_version
 
-from moa import runlock
+from moa import runlock, stages
 from moa.config import check, complete
 
 min_version("9.27")
@@ -13,7 +14,10 @@ min_version("9.27")
 
 # A configuration with the key `preset` stands alone; one without it changes the miniature's.
 config.update(complete(config))
-check(config, workflow.source_path("workflow/schemas/config.schema.json"))
+SCHEMA = workflow.source_path("workflow/schemas/config.schema.json")
+check(config, SCHEMA)
+for changed in stages.every_trial(config):
+    check(changed, SCHEMA)
 
 if workflow.is_main_process:
     runlock.start_run()
@@ -28,7 +32,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/figures.smk"
-include: "workflow/rules/tune.smk"
+include: "workflow/rules/trials.smk"
 include: "workflow/rules/pretrain.smk"
 include: "workflow/rules/benchmark.smk"
 
@@ -47,3 +51,9 @@ rule all:
 rule tables:
     input:
         TABLES,
+
+
+rule full:
+    input:
+        rules.all.input,
+        f"{OUT}/made.json",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
@@ -73,7 +73,8 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         they run.
         image_feature_dim: channels F of a subject's image feature.
         experts: N of Eq. 4, the prior included (paper: 2).
-        router, router_width: "linear", or "mlp" with one hidden layer of that width (Eq. 7).
+        router, router_width: "linear", or "mlp" with one hidden layer of that width (Eq. 7); "none" is the
+        paper's ablation without the MoA layer: the personalization expert draws every pixel by itself.
         frequencies: octaves of the Fourier features of t and of l in PE(t, l).
         spacetime: False leaves PE(t, l) out of Eq. 8 (the paper's ablation).
         personalize_below: the router is meant to be fixed to the prior at this timestep and above, where the
@@ -87,8 +88,10 @@ class MoAAdapter(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"experts: {experts}; there are the prior and at least one personalization expert"
             )
-        if router not in ("linear", "mlp"):
-            raise ValueError(f"router: {router!r}; it is 'linear' or 'mlp'")
+        if router not in get_args(RouterKind):
+            raise ValueError(f"router: {router!r}; it is {', '.join(map(repr, get_args(RouterKind)))}")
+        if router == "none" and experts != 2:
+            raise ValueError(f"experts: {experts}; without a router there is one path beside the prior: 2")
         sizes = {name: LayerSizes(**layer) for name, layer in layers.items()}
         self.sizes = sizes
         self.cross_layers = [name for name in sizes if sizes[name].cross]

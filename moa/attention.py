@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-RouterKind = Literal["linear", "mlp"]
+RouterKind = Literal["linear", "mlp", "none"]
 AttentionKind = Literal["sdpa", "explicit"]
 
 
@@ -178,13 +178,28 @@ class Expert(nn.Module):
         return self.query, self.key, self.value, self.out
 
 
+class SinglePath(nn.Module):
+    """No router: logits whose softmax is exactly (0, 1), so that one fine-tuned path draws every pixel.
+
+    The paper's ablation without the MoA layer (appendix B): attention as fine-tuning would leave it.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """X [B, P, d] → [B, P, 2]."""
+        logits = hidden.new_zeros(*hidden.shape[:-1], 2)
+        logits[..., 0] = -torch.inf
+        return logits
+
+
 def make_router(dim: int, experts: int, kind: RouterKind, width: int) -> nn.Module:
     """Router^l of Eq. 7, [.., dim] → [.., experts] logits; an "mlp" has one hidden layer of `width`.
 
     The last layer starts at zero (our decision): all experts weigh the same. Several personalization experts
     would then stay equal for ever, having the same weights and gradients, so for them it starts random, σ
-    .02.
+    .02. "none" is `SinglePath`, which has no parameters.
     """
+    if kind == "none":
+        return SinglePath()
     last = nn.Linear(dim if kind == "linear" else width, experts)
     nn.init.zeros_(last.bias)
     nn.init.normal_(last.weight, std=0 if experts == 2 else 0.02)

@@ -76,6 +76,7 @@ def run(
     root: Path,
     trained: Path | None = None,
     memory: Path | None = None,
+    folder: str = "",
 ) -> None:
     """Carry out shards of requests with one method.
 
@@ -85,9 +86,10 @@ def run(
         requests: parquet files of the `REQUEST` schema.
         subjects: parquet of the subjects that the requests name; the wrong subject is one of them.
         output: parquet of the `MADE` schema to write, at the end.
-        root: results folder; images go to `root`/images/<method>/…, where `path` of a row points.
+        root: results folder; images go to `root`/images/<folder>/…, where `path` of a row points.
         trained: folder of trained weights, for methods that have any.
         memory: JSON file to write: the most memory that a process making these images has had.
+        folder: by default the method's name; another keeps the images of its several trainings apart.
 
     Raises:
         ValueError, FileNotFoundError: broken inputs or missing weights; the message says what to do.
@@ -95,7 +97,7 @@ def run(
     people = read_subjects(subjects)
     rows = sorted(samples.read(list(requests), samples.REQUEST), key=samples.sort_key)
     settings = config.method(trained, list(people.values()))
-    made = [samples.made(row, method, 0.0, seed_of(trained)) for row in rows]
+    made = [samples.made(row, method, 0.0, seed_of(trained), folder) for row in rows]
     jobs = [
         Job(samples.to_request(row, people), root / one["path"]) for row, one in zip(rows, made, strict=True)
     ]

@@ -71,6 +71,22 @@ SECTIONS = (
         "Weight of the frozen prior, inside and beside the subjects, by layer and timestep.",
         ("tables/router.csv", "figures/router.png", "notebooks/*.ipynb"),
     ),
+    Section(
+        "Beside published numbers",
+        "Measured less published. Published numbers are of photographs, with other judges than the "
+        "miniature's, so the difference of two methods says more than that of one.",
+        ("tables/table3.csv",),
+    ),
+    Section(
+        "Trainings with different seeds",
+        "least, most and sd are over the trainings' means; intervals are over subjects.",
+        ("tables/seeds.csv",),
+    ),
+    Section(
+        "Ablations",
+        "On validation subjects. A difference is paired: to the method as it is, with the same noise.",
+        ("tables/ablations.csv",),
+    ),
     Section("By kind of prompt", "", ("tables/groups.csv",)),
     Section(
         "Training",

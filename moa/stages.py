@@ -6,7 +6,7 @@ plain function; its first parameter is its settings (a frozen dataclass), the ot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,31 @@ from typing import Any
 import yaml
 
 from moa import hashing
+from moa.config import merge
 from moa.data.sources.config import KINDS
 
 Config = Mapping[str, Any]
+
+# method: trial: what it changes of train.<method>, of generate.sampling and of models; `trial` says how.
+GRID: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "additionalProperties": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "train": {"type": "object"},
+                "sampling": {"type": "object"},
+                "models": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"prior": {"type": "object"}, "image_encoder": {"type": "object"}},
+                },
+            },
+        },
+    },
+}
 
 # JSON schemas of the keys that belong to no single stage; those in OPTIONAL may be left out.
 TOP_LEVEL: dict[str, Any] = {
@@ -29,20 +51,11 @@ TOP_LEVEL: dict[str, Any] = {
     "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
-    # method: trial: what it changes of train.<method> and of generate.sampling, which check the keys
-    "tuning": {
-        "type": "object",
-        "additionalProperties": {
-            "type": "object",
-            "additionalProperties": {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {"train": {"type": "object"}, "sampling": {"type": "object"}},
-            },
-        },
-    },
+    "train_seeds": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "uniqueItems": True},
+    "tuning": GRID,
+    "ablations": GRID,
 }
-OPTIONAL = {"weights", "tuning"}
+OPTIONAL = {"weights", "train_seeds", "tuning", "ablations"}
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ STAGES: dict[str, Stage] = {
     "claims": Stage("moa.evaluation.claims:tabulate", "set the paper's claims beside what was measured"),
     "tables": Stage("moa.evaluation.tables:tables", "tabulate quality"),
     "tuning-table": Stage("moa.evaluation.tuning:tabulate", "tabulate the tuning grid"),
+    "ablation-table": Stage("moa.evaluation.ablations:tabulate", "tabulate the ablations"),
     "cost": Stage("moa.evaluation.tables:costs", "tabulate cost"),
     "figure-benchmark": Stage("moa.figures.grids:benchmark", "draw subjects against methods"),
     "figure-pairs": Stage("moa.figures.grids:pairs", "draw pairs of subjects"),
@@ -157,6 +171,8 @@ STAGES: dict[str, Stage] = {
     "figure-sparse": Stage("moa.figures.curves:sparse", "draw what sparse experts save and change"),
     "figure-router": Stage("moa.figures.router_maps:router_maps", "draw router maps"),
     "report": Stage("moa.report:run", "show a whole run in one HTML file"),
+    "provenance": Stage("moa.shipping:provenance", "write down what made a run"),
+    "ship": Stage("moa.shipping:ship", "copy a run's tables, figures and samples, to be kept in git"),
     "gates": Stage("moa.miniature.gates:run", "measure the miniature's models", "gates"),
     "cards": Stage("moa.miniature.cards:run", "write the model cards"),
     "score": Stage("moa.evaluation.score:score", "score images", "evaluate.score", JUDGES | DEVICE),
@@ -186,6 +202,55 @@ def settings(name: str, config: Config, **options: str) -> dict[str, Any]:
     stage = STAGES[name]
     section = dict(get(config, stage.section.format(**options))) if stage.section else {}
     return section | {setting: get(config, key.format(**options)) for setting, key in stage.shared.items()}
+
+
+def changes(config: Config, grid: str, method: str, name: str) -> Mapping[str, Any]:
+    """What a trial of a grid, "tuning" or "ablations", changes; of the prior's trials, see `prior_trial`."""
+    if method == "prior":
+        method, _, name = name.partition("-")
+        changed = config[grid][method][name]
+        return {"models": changed["models"]} if changed.get("models") else {}
+    return config[grid][method][name]
+
+
+def trial(config: Config, grid: str, method: str, name: str) -> dict[str, Any]:
+    """The configuration of a trial: `train` and `sampling` change single keys, `models` whole models."""
+    changed = changes(config, grid, method, name)
+    part: dict[str, Any] = {"train": {method: changed["train"]}} if "train" in changed else {}
+    part |= {"generate": {"sampling": changed.get("sampling", {})}}
+    return merge(config, part) | {"models": {**config["models"], **changed.get("models", {})}}
+
+
+def every_trial(config: Config) -> Iterator[dict[str, Any]]:
+    """The configurations of all trials, to be checked before any of them runs."""
+    for grid in ("tuning", "ablations"):
+        for method, trials in config.get(grid, {}).items():
+            for name in trials:
+                yield trial(config, grid, method, name)
+
+
+def first_alike(config: Config, grid: str, method: str, name: str, *sections: str) -> str:
+    """The first trial of a method that changes the same in some sections; itself, if there is none before."""
+
+    def part(other: str) -> list[Any]:
+        return [changes(config, grid, method, other).get(section, {}) for section in sections]
+
+    return next(other for other in config[grid][method] if part(other) == part(name))
+
+
+def prior_trial(config: Config, grid: str, method: str, name: str) -> str:
+    """The trial of the prior whose images a trial is compared with: one for each prior that there is."""
+    return f"{method}-{first_alike(config, grid, method, name, 'models')}"
+
+
+def train_seeds(config: Config) -> dict[str, dict[str, int]]:
+    """What is added to the names of a method's trainings, and what each changes of `train.<method>`.
+
+    The first has no addition. Without `train_seeds` it is the only one, and changes nothing.
+    """
+    first, *others = config.get("train_seeds") or [None]
+    given = {} if first is None else {"seed": first}
+    return {"": given} | {f"-seed-{seed}": {"seed": seed} for seed in others}
 
 
 def code(name: str) -> str:

@@ -17,8 +17,9 @@ import yaml
 
 from moa.config import load
 from moa.data.errors import DataError
+from moa.data.records import read_rows
 from moa.evaluation import samples
-from moa.evaluation.measures import Measures, Values, everything
+from moa.evaluation.measures import MEASURE, Measures, Values, everything
 from moa.evaluation.statistics import Interval, interval, slope
 from moa.evaluation.tables import FORMS, ORDER, Table, by_method, limits, save
 
@@ -252,6 +253,7 @@ def tabulate(
     output: str | Path,
     preserved: Sequence[str | Path] = (),
     router: Sequence[str | Path] = (),
+    ablations: Sequence[str | Path] = (),
     split: str = "test",
 ) -> None:
     """Write claims.{csv,md,tex}, metrics.{csv,md,tex} and sizes.csv into folder `output`.
@@ -264,6 +266,7 @@ def tabulate(
         output: folder.
         preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.
         router: the file of `moa.evaluation.router.record`, if there is a router.
+        ablations: the measures of `moa.evaluation.ablations`, of validation subjects, if there are any.
         split: whose images.
 
     Raises:
@@ -273,8 +276,9 @@ def tabulate(
     if not rows:
         raise DataError(f"no samples of split {split}: generate and score its images first")
     measures = everything(sample_files, kept, measured, preserved, router, split)
+    ablated = read_rows(ablations, MEASURE)
     for name, table in {
-        "claims": ledger(read_claims(claims), measures),
+        "claims": ledger(read_claims(claims), measures.with_rows(ablated)),
         "metrics": overview(measures),
     }.items():
         for form in FORMS:

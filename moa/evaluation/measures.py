@@ -255,6 +255,15 @@ def measure(made: str | Path, seen: str | Path, references: str | Path, output: 
     write_rows(output, values, MEASURE)
 
 
+def trial_measures(folder: Path) -> list[Row]:
+    """`MEASURE` rows of a trial's samples.parquet, kept.parquet and preserved.parquet."""
+    return [
+        *of_samples(samples.read(folder / "samples.parquet")),
+        *of_kept(read_rows([folder / "kept.parquet"], KEPT)),
+        *of_preserved(read_rows([folder / "preserved.parquet"], PRESERVED)),
+    ]
+
+
 def everything(
     sample_files: Sequence[str | Path],
     kept: str | Path,
@@ -337,13 +346,18 @@ class Measures:
     """`MEASURE` rows, to be asked for by metric, kind and method."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        self._all = list(rows)
         self._rows: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-        for row in rows:
+        for row in self._all:
             self._rows.setdefault((row["kind"], row["metric"], row["method"]), []).append(row)
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         """(kind, metric, method) of all that there is, in the order of their names."""
         return iter(sorted(self._rows))
+
+    def with_rows(self, rows: Iterable[Mapping[str, Any]]) -> Measures:
+        """These measures and more of them."""
+        return Measures([*self._all, *rows])
 
     def asked(self, kind: str, metric: str, method: str, group: str | None = None) -> set[str] | None:
         """The units that were made, with a value of the metric or not; None if that is unknown."""

@@ -91,6 +91,7 @@ def compare(
     results: str | Path,
     output: str | Path,
     dilation: float = 0.05,
+    prior_results: str | Path | None = None,
 ) -> None:
     """Write `PRESERVED` rows, one for each image whose request the prior carried out too.
 
@@ -102,6 +103,7 @@ def compare(
         results: the folder that the rows' paths start from.
         output: parquet file to write.
         dilation: how far a person's mask is grown, as a fraction of the image's side.
+        prior_results: the folder that the paths of the prior's rows start from, if it is another.
 
     Raises:
         DataError: a broken or missing image, or a request with other noise than the prior's.
@@ -111,8 +113,8 @@ def compare(
     same, other = {request_of(row): row for row in base}, other_noise(base)
     _check_noise(rows, same)
 
-    def view(row: Row) -> View:
-        pixels = np.asarray(samples.open_image(Path(results) / row["path"])[0])
+    def view(row: Row, root: str | Path = results if prior_results is None else prior_results) -> View:
+        pixels = np.asarray(samples.open_image(Path(root) / row["path"])[0])
         return View(pixels, found[row["path"]].persons)
 
     preserved = []
@@ -120,7 +122,7 @@ def compare(
         key = request_of(row)
         if key not in same:
             continue
-        own = view(row)
+        own = view(row, results)
         noise = likeness(own, view(other[key]), dilation) if key in other else dict.fromkeys(_LIKENESS)
         preserved.append(
             {name: row[name] for name in _SAME}

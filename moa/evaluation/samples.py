@@ -122,9 +122,14 @@ def to_request(row: Mapping[str, Any], subjects: Mapping[str, Subject]) -> Reque
     )
 
 
-def made(row: Mapping[str, Any], method: str, seconds: float, train_seed: int | None) -> Row:
-    """The `MADE` row of a request that `method` has carried out; its image lies at the row's `path`."""
-    path = f"images/{method}/{row['path']}"
+def made(
+    row: Mapping[str, Any], method: str, seconds: float, train_seed: int | None, folder: str = ""
+) -> Row:
+    """The `MADE` row of a request that `method` has carried out; its image lies at the row's `path`.
+
+    `folder` is the one below images/ if it is not called like the method.
+    """
+    path = f"images/{folder or method}/{row['path']}"
     return {**row, "method": method, "path": path, "seconds": seconds, "train_seed": train_seed}
 
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -143,6 +144,10 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
         scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
     notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
+    if (count := len({row["train_seed"] for row in rows} - {None})) > 1:
+        notes.append(
+            f"Trained methods: mean of {count} trainings; tables/seeds says how far apart these lie."
+        )
     for row in published:
         table.append({"method": row["method"], "source": "published", "ip": row["ip"], "pc": row["pc"]})
     for reference in dict.fromkeys(row["reference"] for row in published):
@@ -278,6 +283,147 @@ def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> 
     return row
 
 
+# --- Beside published numbers -----------------------------------------------------------------------------
+
+METRICS = ("ip", "pc")
+TABLE3 = (
+    "method",
+    "published_as",
+    *(
+        f"{metric}{part}"
+        for metric in METRICS
+        for part in ("", "_low", "_high", "_published", "_difference", "_difference_low", "_difference_high")
+    ),
+)
+
+
+def table3(rows: Rows, published: Rows) -> Table:
+    """Every measured method beside its published numbers, and how far apart; then differences of two methods.
+
+    A difference is measured less published, with the measured one's interval: a published number has none.
+
+    Args:
+        rows: samples of single subjects.
+        published: rows of config/published.yaml; `ours` names the method that they are of.
+    """
+    methods = by_method(rows)
+    measured = {
+        metric: {method: mean_of(own, metric) for method, own in methods.items()} for metric in METRICS
+    }
+    table = []
+    for method in methods:
+        known = [row for row in published if row.get("ours") == method] or [{}]
+        for row in known:
+            values = {metric: (measured[metric][method], row.get(metric)) for metric in METRICS}
+            table.append({"method": method, "published_as": _published_as(row)} | _beside(values))
+    for row in published:
+        if row.get("ours") not in methods:
+            values = {f"{metric}_published": row[metric] for metric in METRICS}
+            table.append({"method": "", "published_as": _published_as(row)} | values)
+    table += _published_differences(rows, published)
+    notes = (
+        "Measured less published, with 95 % intervals over subjects of what was measured; published numbers "
+        "come without any. A − B: the paired difference of two methods, beside the published one.",
+        "Published numbers are of CelebA's photographs. Where a run has other images and judges, a "
+        "difference to them is of these, too, and says little of the method; that of two methods says more.",
+    )
+    return Table(TABLE3, table, notes)
+
+
+def _published_as(row: Mapping[str, Any]) -> str:
+    return f"{row['method']}: {row['reference']}" if row else ""
+
+
+def _beside(values: Mapping[str, tuple[Interval, float | None]]) -> dict[str, Any]:
+    """Cells of what was measured, published, and the difference, by metric."""
+    cells: dict[str, Any] = {}
+    for metric, (own, known) in values.items():
+        cells |= limits(metric, own) | {f"{metric}_published": known}
+        if known is not None:
+            apart = Interval(own.mean - known, own.low - known, own.high - known)
+            cells |= limits(f"{metric}_difference", apart)
+    return cells
+
+
+def _published_differences(rows: Rows, published: Rows) -> list[dict[str, Any]]:
+    """Paired differences of two methods that the same reference has numbers of, beside those."""
+    members, methods, table = {_key(row): row["subjects"] for row in rows}, by_method(rows), []
+    for one, other in combinations([row for row in published if row.get("ours") in methods], 2):
+        if one["reference"] != other["reference"] or one["ours"] == other["ours"]:
+            continue
+        first, second = sorted((one, other), key=lambda row: list(methods).index(row["ours"]))
+        values = {}
+        for metric in METRICS:
+            own, minus = (_per_request(methods[row["ours"]], metric) for row in (first, second))
+            values[metric] = difference(own, minus, members), first[metric] - second[metric]
+        names = f"{first['method']} − {second['method']}: {first['reference']}"
+        table.append(
+            {"method": f"{first['ours']} − {second['ours']}", "published_as": names} | _beside(values)
+        )
+    return table
+
+
+# --- Several trainings ------------------------------------------------------------------------------------
+
+SEEDS = (
+    "kind",
+    "metric",
+    "method",
+    "minus",
+    "trainings",
+    "value",
+    "value_low",
+    "value_high",
+    "least",
+    "most",
+    "sd",
+)
+
+
+def trainings(rows: Rows, kind: str) -> Table:
+    """How far trainings with different seeds lie apart: each method's mean, and each difference of two.
+
+    value has the interval over subjects, as everywhere; least, most and sd are over the trainings' means, of
+    a difference over all choices of a training of either, with the root of the two variances' sum as sd.
+    """
+    members, methods = {_key(row): row["subjects"] for row in rows}, by_method(rows)
+    table: list[dict[str, Any]] = []
+    for metric in METRICS:
+        means = {method: _means_of_trainings(own, metric) for method, own in methods.items()}
+        for method in methods:
+            if len(means[method]) > 1:
+                row = {"kind": kind, "metric": metric, "method": method, "trainings": len(means[method])}
+                table.append(row | limits("value", mean_of(methods[method], metric)) | _spread(means[method]))
+        for reference, method in combinations(methods, 2):
+            if max(len(means[method]), len(means[reference])) > 1:
+                own, other = (_per_request(methods[name], metric) for name in (method, reference))
+                row = {"kind": kind, "metric": metric, "method": method, "minus": reference}
+                row["trainings"] = len(means[method]) * len(means[reference])
+                value = limits("value", difference(own, other, members))
+                table.append(row | value | _spread(means[method], means[reference]))
+    notes = (
+        "value: mean over images, with its 95 % interval over subjects. least, most: of the means of "
+        "trainings that differ in their seed alone; of a difference, of all choices of one of either method. "
+        "sd: their standard deviation.",
+    )
+    return Table(SEEDS, table, notes)
+
+
+def _means_of_trainings(rows: Rows, metric: str) -> list[float]:
+    """The mean of each training, in the order of their seeds; of one that was not trained, its only one."""
+    groups: dict[Any, list[float]] = {}
+    for row in sorted(rows, key=lambda row: -1 if row["train_seed"] is None else row["train_seed"]):
+        groups.setdefault(row["train_seed"], []).append(row[metric])
+    return [sum(values) / len(values) for values in groups.values()]
+
+
+def _spread(means: Sequence[float], minus: Sequence[float] = (0.0,)) -> dict[str, float]:
+    """least, most and sd of the differences of two methods' trainings."""
+    every = [one - other for one in means for other in minus]
+    variances = [statistics.variance(part) for part in (means, minus) if len(part) > 1]
+    return {"least": min(every), "most": max(every), "sd": math.sqrt(sum(variances))}
+
+
 # --- Costs ------------------------------------------------------------------------------------------------
 
 COST = (
@@ -296,7 +442,7 @@ def cost(rows: Rows, training: Mapping[str, Mapping[str, Any]], memory: Mapping[
 
     Args:
         rows: samples.
-        training: for methods with training, `training_cost`.
+        training: for methods with training, `training_cost`, of several trainings their `mean_training`.
         memory: peak resident memory of generation, MB, by method.
     """
     table = []
@@ -319,6 +465,14 @@ def training_cost(path: str | Path) -> dict[str, Any]:
         raise DataError(f"{path} is no train.json ({error}); train again") from error
 
 
+def mean_training(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One training's cost from that of several which differ in their seed: mean seconds, largest peak."""
+    return dict(costs[0]) | {
+        "train_seconds": sum(one["train_seconds"] for one in costs) / len(costs),
+        "train_peak_mb": max(one["train_peak_mb"] for one in costs),
+    }
+
+
 def peak_memory(path: str | Path) -> float:
     """Peak resident memory, MB, from what generation wrote. Raises DataError naming a broken file."""
     try:
@@ -333,19 +487,24 @@ def costs(
     training: Sequence[str] = (),
     memory: Sequence[str] = (),
 ) -> None:
-    """Write cost.csv (or .md, .tex), apart from the quality tables because it differs from run to run.
+    """Write cost.csv, .md and .tex, apart from the quality tables because they differ from run to run.
 
     Args:
         sample_files: scored rows.
-        output: file to write.
-        training: method=path of each train.json.
+        output: one of the files to write; the others lie beside it.
+        training: method=path of each train.json; of several, the mean counts.
         memory: method=path of what `generate-shard --memory` wrote; of several, the largest counts.
     """
-    trained = {method: training_cost(path) for method, path in map(_named_path, training)}
+    several: dict[str, list[dict[str, Any]]] = {}
+    for method, path in map(_named_path, training):
+        several.setdefault(method, []).append(training_cost(path))
+    trained = {method: mean_training(every) for method, every in several.items()}
     peaks: dict[str, float] = {}
     for method, path in map(_named_path, memory):
         peaks[method] = max(peaks.get(method, 0.0), peak_memory(path))
-    save(cost(samples.read(sample_files), trained, peaks), output)
+    table = cost(samples.read(sample_files), trained, peaks)
+    for form in FORMS:
+        save(table, Path(output).with_suffix(form))
 
 
 def _named_path(argument: str) -> tuple[str, str]:
@@ -383,8 +542,9 @@ def tables(
 ) -> None:
     """Write the quality tables into folder `output`: those of the kinds of images that there are.
 
-    main.{csv,md,tex} of single subjects, multi.{csv,md,tex} of two, context.{csv,md,tex} of swaps;
-    differences.csv, progress.csv and groups.csv of single subjects and of two.
+    main.{csv,md,tex} and table3.{csv,md,tex}, with the published numbers, of single subjects,
+    multi.{csv,md,tex} of two, context.{csv,md,tex} of swaps; seeds.{csv,md,tex} if a method was trained with
+    several; differences.csv, progress.csv and groups.csv of single subjects and of two.
 
     Args:
         sample_files: scored rows.
@@ -403,11 +563,15 @@ def tables(
     made: dict[str, Table] = {}
     if "single" in present:
         made["main"] = quality(present["single"], read_published(published))
+        made["table3"] = table3(present["single"], read_published(published))
     if "multi" in present:
         made["multi"] = quality(present["multi"])
     swaps = [row for row in read_rows(kept, KEPT) if row["split"] == split]
     if swaps or any(row["kind"] == "swap" for row in rows):
         made["context"] = kept_context(swaps)
+    spread = [trainings(part, kind) for kind, part in present.items()]
+    if any(table.rows for table in spread):
+        made["seeds"] = joined(spread)
     for name, table in made.items():
         for form in FORMS:
             save(table, Path(output) / f"{name}{form}")

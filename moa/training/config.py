@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from moa.attention import RouterKind
 from moa.machine import has_bf16
 from moa.methods import ModelSource, Sampling
 
@@ -53,6 +54,8 @@ class TrainConfig:
     zoom: float = 1.0  # crops are enlarged up to so many times
     brightness: float = 0.0  # crops are brightened or darkened by at most this share
     personalize_below: int = 1000  # MoA: what the adapter asks of sampling; see `Sampling.personalize_below`
+    router: RouterKind = "linear"  # MoA: none = one fine-tuned path instead of the mixture [paper, ablation]
+    spacetime: bool = True  # MoA: false leaves t and l out of Eq. 8 [paper, ablation]
     image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
     attention: Literal["explicit", "sdpa"] = "sdpa"  # equal to rounding; which is faster depends on the CPU
     # Work

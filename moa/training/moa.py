@@ -40,6 +40,8 @@ class MoATrainee(Trainee):
             image_layers=config.image_encoder_layers,
             loss_layers=None if config.loss_layers is None else list(config.loss_layers),
             personalize_below=config.personalize_below,
+            router=config.router,
+            spacetime=config.spacetime,
         )
         nn.Module.to(pipe.unet, config.frozen_dtype)  # its own `to` warns of parts it does not have
         self.adapter.install(pipe.unet, config.attention)

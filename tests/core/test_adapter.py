@@ -641,3 +641,48 @@ def test_repeated_blocks_compile_whole_and_not_one_by_one(unet, make_adapter, ma
         torch.testing.assert_close(run(unet, make_context()), expected.detach(), **TOLERANCE)
     assert 0 < counter.frame_count < len(blocks) / 2
     torch._dynamo.reset()
+
+
+# ── Ablations ─────────────────────────────────────────────────────────────────────────────────
+
+
+def fine_tuned(unet, adapter):
+    """A plain copy of the U-Net whose attention has the experts' weights."""
+    plain = copy.deepcopy(unet)
+    for name, attn in attention_layers(plain).items():
+        (expert,) = adapter.mixture(name).experts
+        for own, trained in zip(
+            (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]), expert.projections, strict=True
+        ):
+            own.load_state_dict(trained.state_dict())
+    return plain
+
+
+def test_without_a_router_it_is_a_plain_fine_tuned_model(unet, make_adapter, make_context, inputs, run):
+    """No mixture is left: diffusers' own U-Net with the experts' weights and the fused text says the same."""
+    base = run(unet)
+    adapter = make_adapter(unet, router="none", spacetime=False)
+    plain = fine_tuned(unet, adapter)
+    adapter.install(unet)
+    context, recorder = make_context(), Recorder(maps=False)
+    context.recorder = recorder
+    found = run(unet, context)
+    latents, time, text = inputs
+    own = text.gather(1, context.token[..., None].expand(-1, -1, text.shape[-1]))
+    with torch.no_grad():
+        fused = adapter.prompt(context.features, own, time)[0]
+        fused = torch.where(context.present[..., None], fused, own)
+        text = text.scatter(1, context.token[..., None].expand_as(fused), fused)
+        expected = plain(latents, time, text).sample
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert (found - base).abs().amin(0).max() > 1e-3
+    assert all(not weights.any() for weights in recorder.router.values())
+    assert not [name for name, _ in adapter.named_parameters() if "router" in name]
+    assert torch.equal(run(unet, make_context(prior_only=(True,) * 3)), base)
+
+
+def test_without_a_router_there_is_one_path(unet):
+    with pytest.raises(ValueError, match="without a router there is one path"):
+        MoAAdapter.from_unet(unet, IMAGE_DIM, router="none", experts=3)
+    with pytest.raises(ValueError, match="'linear', 'mlp', 'none'"):
+        MoAAdapter.from_unet(unet, IMAGE_DIM, router="off")

@@ -55,6 +55,18 @@ def test_context_is_compared_beside_the_persons_and_with_the_same_noise(results)
     assert {row["noise_layout"] for row in rows} == {8 / 12}
 
 
+def test_the_priors_images_may_lie_in_another_folder(results, tmp_path):
+    """As those of an ablation's prior do."""
+    expected, elsewhere = compare(results), tmp_path / "elsewhere"
+    (elsewhere / "images").mkdir(parents=True)
+    (results / "images/prior").rename(elsewhere / "images/prior")
+    preserved.compare(
+        results / "moa.parquet", results / "moa-features.parquet", results / "prior.parquet",
+        results / "prior-features.parquet", results, results / "out.parquet", prior_results=elsewhere,
+    )  # fmt: skip
+    assert read_rows(results / "out.parquet", PRESERVED) == expected
+
+
 def test_values_are_those_of_the_swaps_comparison(results):
     row = compare(results)[0]
     mine, noise = (

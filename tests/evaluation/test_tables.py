@@ -75,6 +75,7 @@ def test_tables_are_the_same_bytes_whatever_the_order(files):
     assert run(files, files / "two") == before
     assert set(before) == {
         *(f"{name}.{form}" for name in ("main", "multi", "context") for form in ("csv", "md", "tex")),
+        "table3.csv", "table3.md", "table3.tex",
         "differences.csv", "progress.csv", "groups.csv",
     }  # fmt: skip
 
@@ -174,6 +175,97 @@ def test_reading_forms():
     signs = tables.to_latex(tables.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
     assert r"x $-$ y $>$ 0 $\neq$ 1 $<$ 2 \\" in signs
     assert tables.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
+
+
+def test_table_3_has_measured_beside_published_and_the_difference(files):
+    rows = make_rows("single", ("prior", "fastcomposer", "moa"))
+    samples.write(files / "samples.parquet", rows)
+    made = run(files, files / "tables")
+    table = read(made["table3.csv"])
+    assert set(made) >= {"table3.md", "table3.tex"}
+    moa, paper = (next(r for r in table if r["published_as"].startswith(name)) for name in ("MoA:", "ELITE:"))
+    main = next(r for r in read(made["main.csv"]) if r["method"] == "moa")
+    assert (moa["method"], moa["ip"], moa["ip_published"]) == ("moa", main["ip"], "0.5550")
+    for side in ("", "_low", "_high"):
+        assert float(moa[f"ip_difference{side}"]) == pytest.approx(float(main[f"ip{side}"]) - 0.555, abs=2e-4)
+    assert (paper["method"], paper["ip"], paper["ip_published"], paper["pc_difference"]) == (
+        "", "", "0.2280", "",
+    )  # fmt: skip
+    own = [r for r in table if r["method"] == "fastcomposer"]
+    assert [r["pc_published"] for r in own] == ["0.2430", "0.2290"]
+    (gap,) = [r for r in table if "−" in r["method"]]  # of the one reference that has both
+    assert (gap["method"], gap["ip_published"]) == ("moa − fastcomposer", "0.0410")
+    assert (gap["ip"], gap["ip_low"], gap["ip_difference"]) == ("0.3000", "0.3000", "0.2590")
+
+
+def several_trainings():
+    """fastcomposer with seeds 0 and 1, moa with 0, 1 and 2, the prior none; IP differs by it alone."""
+    rows = []
+    for row in make_rows("single", ("prior", "fastcomposer", "moa")):
+        seeds = {"prior": [None], "fastcomposer": [0, 1], "moa": [0, 1, 2]}[row["method"]]
+        for seed in seeds:
+            path = f"{seed}/{row['path']}"
+            rows.append({**row, "train_seed": seed, "ip": row["ip"] + 0.04 * (seed or 0), "path": path})
+    return rows
+
+
+def test_the_spread_over_trainings_is_shown_apart(files):
+    rows = several_trainings()
+    samples.write(files / "samples.parquet", rows)
+    made = run(files, files / "tables")
+    table = {(r["metric"], r["method"], r["minus"]): r for r in read(made["seeds.csv"])}
+    assert set(made) >= {"seeds.md", "seeds.tex"}
+    assert ("ip", "prior", "") not in table
+    moa = table["ip", "moa", ""]
+    means = [
+        np.mean([r["ip"] for r in rows if (r["method"], r["train_seed"]) == ("moa", s)]) for s in range(3)
+    ]
+    assert (moa["trainings"], moa["least"], moa["most"]) == ("3", f"{means[0]:.4f}", f"{means[2]:.4f}")
+    assert (moa["value"], moa["sd"]) == (f"{means[1]:.4f}", "0.0400")
+    main = next(r for r in read(made["main.csv"]) if r["method"] == "moa")
+    assert [moa[f"value{s}"] for s in ("", "_low", "_high")] == [
+        main[f"ip{s}"] for s in ("", "_low", "_high")
+    ]
+    assert "mean of 3 trainings" in made["main.md"].decode()
+    gap = table["ip", "fastcomposer", "moa"]  # later method less earlier one, as in differences.csv
+    mean = float(gap["value"])
+    assert (gap["trainings"], gap["value_low"]) == ("6", gap["value"])
+    assert (float(gap["least"]), float(gap["most"])) == pytest.approx((mean - 0.06, mean + 0.06), abs=2e-4)
+    assert float(gap["sd"]) == pytest.approx(np.sqrt(0.04**2 + 0.04**2 / 2), abs=1e-4)
+    assert table["pc", "moa", ""]["sd"] == "0.0000"
+    assert "seeds.csv" not in run_single_training(files)
+
+
+def run_single_training(files):
+    samples.write(files / "samples.parquet", make_rows("single"))
+    return run(files, files / "once")
+
+
+def test_an_interval_does_not_shrink_because_a_method_was_trained_twice(files):
+    once = [r for r in several_trainings() if r["train_seed"] in (None, 0)]
+    twice = once + [
+        {**r, "train_seed": 1, "path": f"again/{r['path']}"} for r in once if r["train_seed"] == 0
+    ]
+    one, two = (tables.quality(rows).rows for rows in (once, twice))
+    for a, b in zip(one, two, strict=True):
+        assert [b[f"ip{s}"] for s in ("", "_low", "_high")] == pytest.approx(
+            [a[f"ip{s}"] for s in ("", "_low", "_high")]
+        )
+
+
+def test_costs_of_several_trainings_are_their_mean(files):
+    for n, seconds in enumerate((60.0, 80.0)):
+        about = {"trained_parameters": 7, "seconds": seconds, "peak_memory_bytes": (3 - n) * 2**20}
+        (files / f"train{n}.json").write_text(json.dumps(about))
+    training = [f"moa={files / f'train{n}.json'}" for n in range(2)]
+    tables.costs([files / "samples.parquet"], files / "cost.csv", training=training)
+    row = next(r for r in read((files / "cost.csv").read_bytes()) if r["method"] == "moa")
+    assert (row["trained_parameters"], row["train_seconds"], row["train_peak_mb"]) == (
+        "7",
+        "70.0000",
+        "3.0000",
+    )
+    assert "| moa |" in (files / "cost.md").read_text() and "moa &" in (files / "cost.tex").read_text()
 
 
 def test_costs(files):

@@ -73,6 +73,15 @@ def test_images_and_rows(config, requests, subjects, trained, tmp_path):
     assert all(row["train_seed"] is None for row in samples.read(tmp_path / "prior.parquet", samples.MADE))
 
 
+def test_images_of_another_training_lie_apart(config, requests, subjects, trained, tmp_path):
+    out = tmp_path / "made.parquet"
+    run(config, "moa", [requests], subjects, out, tmp_path, trained, folder="moa-seed-1")
+    made = samples.read(out, samples.MADE)
+    assert {row["method"] for row in made} == {"moa"}
+    assert made[0]["path"] == "images/moa-seed-1/test/single/test-0000.hat-00.00.png"
+    assert (tmp_path / made[0]["path"]).is_file()
+
+
 def test_whole_images_are_kept_and_broken_ones_made_again(config, requests, subjects, trained, tmp_path):
     out = tmp_path / "made.parquet"
     run(config, "moa", [requests], subjects, out, tmp_path, trained)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from moa.data.subjects import read_subjects
+from moa.sampling import load_adapter
 from moa.training import checkpoint, fastcomposer, loop, moa
 from moa.training.loop import Trainer
 from tests.training import tiny
@@ -189,6 +190,29 @@ def test_only_the_adapter_changes(models, shards, subjects, tmp_path):
     assert all(torch.equal(frozen[n], before[n]) for n in before)
     assert all(p.grad is None for p in frozen.values())
     assert all(not torch.equal(p, old[n]) for n, p in trainee.trained().items() if "key.bias" not in n)
+
+
+@pytest.mark.parametrize(
+    ("ablation", "gone"),
+    [
+        ({"router": "none"}, "router"),
+        ({"spacetime": False}, "prompt.position"),
+        ({"image_encoder_layers": 0}, "image_encoder_layers"),
+    ],
+    ids=["one path", "no t and l", "frozen encoder"],
+)
+def test_an_ablation_trains_less_and_is_loaded_as_it_was_trained(
+    ablation, gone, models, shards, subjects, tmp_path
+):
+    moa.run(tiny.config(models), shards, subjects, tmp_path / "whole" / "moa")
+    moa.run(tiny.config(models, **ablation), shards, subjects, tmp_path / "ablated" / "moa")
+    whole, ablated = weights(tmp_path / "whole" / "moa"), weights(tmp_path / "ablated" / "moa")
+    assert {name for name in whole if gone in name} == whole.keys() - ablated.keys() != set()
+    assert ablated.keys() < whole.keys()
+    adapter = load_adapter(tmp_path / "ablated" / "moa", "cpu", torch.float32)
+    assert {name: value.shape for name, value in adapter.named_parameters()} == {
+        name: value.shape for name, value in ablated.items()
+    }
 
 
 def test_a_changed_setting_starts_anew(models, shards, monkeypatch):

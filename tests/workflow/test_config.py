@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moa import stages
 from moa.config import check, complete, load, read
 from moa.hashing import ROOT
 from moa.schema import configuration, settings_class
@@ -105,10 +106,49 @@ def test_loading_names_the_key_too() -> None:
 
 
 def test_every_stage_that_runs_a_model_follows_the_device() -> None:
-    stages = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip", "source"}}
-    assert stages >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
+    devices = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip", "source"}}
+    assert devices >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
     config = changed("device", "cuda")
-    assert {settings(name, config)["device"] for name in stages} == {"cuda"}
+    assert {settings(name, config)["device"] for name in devices} == {"cuda"}
+
+
+GRID = {
+    "default": {},
+    "sampled": {"sampling": {"guidance": 2.0}},
+    "trained": {"train": {"lr": 1.0e-5}},
+    "other": {"models": {"prior": {"id": "elsewhere"}}, "train": {"lr": 1.0e-5}},
+    "again": {"models": {"prior": {"id": "elsewhere"}}},
+}
+
+
+def test_a_trial_changes_what_it_says_and_nothing_else() -> None:
+    config = changed("ablations", {"moa": GRID})
+    config["models"]["prior"]["revision"] = "pinned"
+    assert stages.trial(config, "ablations", "moa", "default") == config
+    sampled = stages.trial(config, "ablations", "moa", "sampled")
+    assert sampled["generate"]["sampling"] == {**config["generate"]["sampling"], "guidance": 2.0}
+    assert sampled["train"] == config["train"]
+    other = stages.trial(config, "ablations", "moa", "other")
+    assert other["models"] == {**config["models"], "prior": {"id": "elsewhere"}}  # not the old one's revision
+    assert other["train"]["moa"] == {**config["train"]["moa"], "lr": 1.0e-5}
+    assert len(list(stages.every_trial(config))) == len(GRID) + sum(map(len, config["tuning"].values()))
+
+
+def test_trials_with_the_same_prior_are_compared_with_the_same_images() -> None:
+    config = changed("ablations", {"moa": GRID})
+    priors = [stages.prior_trial(config, "ablations", "moa", name) for name in GRID]
+    assert priors == ["moa-default"] * 3 + ["moa-other"] * 2
+    prior = stages.trial(config, "ablations", "prior", "moa-other")
+    assert (prior["models"]["prior"], prior["train"]) == ({"id": "elsewhere"}, config["train"])
+    assert stages.first_alike(config, "ablations", "moa", "again", "train", "models") == "again"
+
+
+def test_several_training_seeds() -> None:
+    assert stages.train_seeds(preset("miniature")) == {"": {}}
+    assert stages.train_seeds(changed("train_seeds", [3, 0])) == {"": {"seed": 3}, "-seed-0": {"seed": 0}}
+    for wrong in ([], [1, 1], [0.5]):
+        with pytest.raises(ValueError, match="train_seeds"):
+            check(changed("train_seeds", wrong), SCHEMA)
 
 
 def test_methods_without_images_are_left_out() -> None:

@@ -71,9 +71,46 @@ def test_tuning_trains_once_for_trials_that_sample_differently(snakemake: Run) -
         (method, t) for method in tuning for t in (tuning | {"moa": tuning["moa"] | added})[method].values()
     ]
     trained = {(method, json.dumps(trial["train"])) for method, trial in grid if "train" in trial}
-    jobs = dict(re.findall(r"^(tun\w+) +(\d+)$", done.stdout, re.MULTILINE))
-    each = dict.fromkeys(("tune_generate", "tune_score", "tune_kept"), str(len(grid)))
-    assert jobs == each | {"tune": "1", "tune_train": str(len(trained)), "tuning_table": "1"}
+    jobs = dict(re.findall(r"^(tun\w+|trial\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    each = dict.fromkeys(("trial_generate", "trial_score", "trial_kept"), str(len(grid)))
+    assert jobs == each | {"tune": "1", "trial_train": str(len(trained)), "tuning_table": "1"}
+
+
+def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(snakemake: Run) -> None:
+    """Two trainings of each method, one of each ablation that trains, and one set of the prior's images."""
+    full = yaml.safe_load((ROOT / "config/full.yaml").read_text())
+    done = snakemake("full", "--dry-run", "--printshellcmds", "--configfile", "config/full.yaml")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    jobs = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
+    ablations = full["ablations"]["moa"].values()
+    assert jobs["train"] == 2 * len(full["train_seeds"])
+    assert jobs["trial_train"] == sum("train" in changes for changes in ablations)
+    assert jobs["trial_generate"] == jobs["trial_score"] == len(ablations) + 1
+    assert jobs["trial_preserved"] == len(ablations)
+    assert "--output results/full/train/moa-seed-1 " in said
+    assert "--folder fastcomposer-seed-1" in said
+    assert "--trained results/full/train/moa --root results/full/ablations/moa/null-prior" in said
+    assert "--ablations results/full/ablations/measures.parquet" in said
+    wanted = [f"tables/{n}.{f}" for n in ("table3", "multi", "ablations", "cost", "claims", "seeds")
+              for f in ("csv", "md", "tex")]  # fmt: skip
+    assert [name for name in [*wanted, "made.json"] if f"results/full/{name}" not in said] == []
+    assert not re.search(r"validation-\w+-000.*results/full/made/", said)
+
+
+def test_ablations_of_the_paper_preset_are_asked_for_by_a_file_of_their_own(snakemake: Run) -> None:
+    arguments = ["tables", "--dry-run", "--configfile", "config/paper.yaml"]
+    assert "results/paper/ablations" not in snakemake(*arguments).stdout
+    done = snakemake(*arguments, "config/paper_ablations.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "results/paper/tables/ablations.md" in done.stdout + done.stderr
+
+
+def test_a_wrong_ablation_stops_before_anything_runs(snakemake: Run) -> None:
+    wrong = {"ablations": {"moa": {"default": {}, "odd": {"train": {"rooter": "none"}}}}}
+    done = snakemake("--dry-run", config=wrong)
+    assert done.returncode == 1
+    assert "unknown key train.moa.rooter" in done.stdout + done.stderr
 
 
 EVERY = MINIATURE["methods"]

@@ -11,14 +11,21 @@ from moa.trained import TRAINED
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
-TUNING = CONFIG.get("tuning", {})  # method: trial: changes
+SEEDS = stages.train_seeds(CONFIG)  # of trainings: addition to their names: changes
+TRIED = {grid: CONFIG.get(grid, {}) for grid in ("tuning", "ablations")}  # grid: method: trial: changes
+TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names] for grid in TRIED}
+TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
+WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
 
 
 wildcard_constraints:
     split="train|validation|test",
     shard=r"\d{3}",
-    method="|".join({"moa", "fastcomposer", *CONFIG["methods"]}),
+    method="|".join({"prior", "moa", "fastcomposer", *CONFIG["methods"]}),
+    seed=f"(?:{'|'.join(SEEDS)})",  # also of the empty one
+    grid="|".join(TRIED),
+    trial=r"[\w.+-]+",
     kind=r"\w+",
 
 
@@ -64,18 +71,57 @@ def parts(kind, *folder):
 
 def option(name, values):
     """An option of a stage with its values; nothing if there are none."""
+    values = list(values)
     return " ".join([name, *values]) if values else ""
 
 
-def changes(method, trial, section):
-    """What a trial changes of `train` or `sampling`."""
-    return TUNING[method][trial].get(section, {})
+def trial_config(wildcards):
+    """The configuration of a trial."""
+    return stages.trial(CONFIG, wildcards.grid, wildcards.method, wildcards.trial)
 
 
-def training_of(method, trial):
-    """The folder of a trial's weights: the main training's, or that of the first trial with the same changes."""
-    wanted = changes(method, trial, "train")
-    if not wanted:
+def trial_models(*roles):
+    """The files of a trial's models that lie in local folders."""
+    return lambda wildcards: [
+        file for role in roles for file in stages.model_files(trial_config(wildcards), role)
+    ]
+
+
+def trial_settings(stage):
+    """A stage's settings in a trial, as JSON; `{method}` in its name stands for the trial's."""
+    return lambda wildcards: json.dumps(
+        stages.settings(stage.format(method=wildcards.method), trial_config(wildcards)), sort_keys=True
+    )
+
+
+def trial_training(wildcards):
+    """The folder of a trial's weights; none for the prior."""
+    grid, method, trial = wildcards.grid, wildcards.method, wildcards.trial
+    if method not in TRAINED:
+        return []
+    changed = stages.changes(CONFIG, grid, method, trial)
+    if not changed.get("train") and not changed.get("models"):
         return f"{OUT}/train/{method}"
-    first = next(name for name in TUNING[method] if changes(method, name, "train") == wanted)
-    return f"{OUT}/tuning/{method}/{first}/{method}"
+    first = stages.first_alike(CONFIG, grid, method, trial, "train", "models")
+    return f"{OUT}/{grid}/{method}/{first}/{method}"
+
+
+def trial_requests(wildcards):
+    """What is asked of every trial of a grid."""
+    known = stages.kinds(CONFIG, "validation")
+    return [
+        f"{OUT}/requests/validation-{kind}-000.parquet" for kind in WANTED[wildcards.grid] if kind in known
+    ]
+
+
+def trial_prior(file):
+    """A file of the prior's images that a trial is compared with."""
+    return lambda wildcards: (
+        f"{OUT}/{wildcards.grid}/prior/"
+        f"{stages.prior_trial(CONFIG, wildcards.grid, wildcards.method, wildcards.trial)}/{file}"
+    )
+
+
+def trial_folder(wildcards):
+    """The folder of a trial."""
+    return TRIAL.format(**wildcards)

@@ -1,16 +1,16 @@
 # Judges look at each image once; tables only read what they wrote.
 MADE = {
-    method: [file for kind in kinds for file in parts(kind, "made", method)]
+    method: [file for maker in MAKERS[method] for kind in kinds for file in parts(kind, "made", maker)]
     for method, kinds in METHODS.items()
 }
 SCORES = [f"{OUT}/scores/{method}.parquet" for method in METHODS]
-TABULATED = {"main": "single", "multi": "multi", "context": "swap"}  # table: kind
+FORMS = (".csv", ".md", ".tex")
+TABULATED = {"main": "single", "table3": "single", "multi": "multi", "context": "swap"}  # table: kind
 QUALITY = [
-    f"{OUT}/tables/{name}{form}"
-    for name, kind in TABULATED.items()
-    if kind in KINDS
-    for form in (".csv", ".md", ".tex")
+    f"{OUT}/tables/{name}{form}" for name, kind in TABULATED.items() if kind in KINDS for form in FORMS
 ]
+# How far trainings of a method that differ in their seed alone lie apart.
+QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if len(SEEDS) > 1 and KINDS & {"single", "multi"}]
 DETAILS = [
     f"{OUT}/tables/{name}.csv"
     for name in ("differences", "progress", "groups")
@@ -19,14 +19,17 @@ DETAILS = [
 # The router is looked at on validation subjects, whatever is made of the test subjects.
 ROUTED = [kind for kind in ("single", "swap") if kind in stages.kinds(CONFIG, "validation")]
 ROUTER = [f"{OUT}/tables/router.csv"] if "moa" in METHODS and ROUTED else []
-CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for form in (".csv", ".md", ".tex")]
+CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for form in FORMS]
 CLAIMS += [f"{OUT}/tables/sizes.csv"]
 # What is left of the prior's images can be said only where there are any.
 PRESERVED = [f"{OUT}/scores/{method}-preserved.parquet" for method in METHODS if "prior" in METHODS]
 RIVALS = ("moa", "fastcomposer")  # compared over the same pixels, where there are both
 SHARED = [f"{OUT}/scores/shared.parquet"] if {*RIVALS} <= {*METHODS} else []
 BASE = ["prior"] if "prior" in METHODS else []
-TABLES = [*QUALITY, *DETAILS, *CLAIMS, f"{OUT}/tables/cost.csv", *ROUTER, *ANNOTATION]
+COST = [f"{OUT}/tables/cost{form}" for form in FORMS]
+ABLATIONS = [f"{OUT}/tables/ablations{form}" for form in FORMS if CONFIG.get("ablations")]
+ABLATED = [f"{OUT}/ablations/measures.parquet"] if ABLATIONS else []
+TABLES = [*QUALITY, *DETAILS, *CLAIMS, *ABLATIONS, *COST, *ROUTER, *ANNOTATION]
 
 
 rule score:
@@ -178,11 +181,13 @@ rule compare_prior:
     params:
         code=code("compare-prior"),
         results=results,
+        prior_results="",
     message:
         "Comparing {wildcards.method} with the prior's images of the same noise"
     shell:
         "python -m moa compare-prior --made {input.samples} --seen {input.features} --prior {input.prior}"
-        " --prior-seen {input.prior_features} --results {params.results} --output {output} > {log} 2>&1"
+        " --prior-seen {input.prior_features} --results {params.results} {params.prior_results} --output {output}"
+        " > {log} 2>&1"
 
 
 rule compare_methods:
@@ -247,6 +252,7 @@ rule claims:
         measured=[*(f"{OUT}/scores/{method}-measures.parquet" for method in METHODS), *SHARED],
         preserved=PRESERVED,
         router=[f"{OUT}/router/rows.parquet"] if ROUTER else [],
+        ablations=ABLATED,
     output:
         report(CLAIMS, category="Tables", caption="../report/claims.rst"),
     log:
@@ -263,40 +269,46 @@ rule claims:
         folder=subpath(output[0], parent=True),
         preserved=lambda wildcards, input: option("--preserved", input.preserved),
         router=lambda wildcards, input: option("--router", input.router),
+        ablations=lambda wildcards, input: option("--ablations", input.ablations),
     message:
         "Setting the paper's claims beside what was measured"
     shell:
         "python -m moa claims --claims {input.claims} --sample-files {input.samples} --kept {input.kept}"
-        " --measured {input.measured} {params.preserved} {params.router} --output {params.folder} > {log} 2>&1"
+        " --measured {input.measured} {params.preserved} {params.router} {params.ablations}"
+        " --output {params.folder} > {log} 2>&1"
 
 
 rule cost_table:
     input:
         samples=f"{OUT}/samples.parquet",
-        trained=expand(f"{OUT}/train/{{method}}", method=TRAININGS),
+        trained=expand(f"{OUT}/train/{{method}}{{seed}}", method=TRAININGS, seed=SEEDS),
         memory=[Path(file).with_suffix(".json") for files in MADE.values() for file in files],
     output:
-        report(f"{OUT}/tables/cost.csv", category="Tables", caption="../report/tables.rst"),
+        report(COST, category="Tables", caption="../report/tables.rst"),
     log:
         f"{OUT}/logs/cost_table.log",
     conda:
         "../../envs/models.yaml"
     params:
         code=code("cost"),
+        folder=subpath(output[0], parent=True),
         training=lambda wildcards: option(
             "--training",
             [
-                f"{method}={OUT}/train/{TRAINED[method]}/train.json"
+                f"{method}={OUT}/train/{TRAINED[method]}{seed}/train.json"
                 for method in METHODS
                 if method in TRAINED
+                for seed in SEEDS
             ],
         ),
-        memory=lambda wildcards, input: [f"{Path(file).parent.name}={file}" for file in input.memory],
+        memory=[
+            f"{method}={Path(file).with_suffix('.json')}" for method, files in MADE.items() for file in files
+        ],
     message:
         "Tabulating cost"
     shell:
         "python -m moa cost --sample-files {input.samples} {params.training} --memory {params.memory}"
-        " --output {output} > {log} 2>&1"
+        " --output {params.folder}/cost.csv > {log} 2>&1"
 
 
 rule router:

@@ -1,4 +1,6 @@
 # What a person looks at. Nothing is computed here; everything is read from samples, logs and tables.
+import os
+
 GRIDS = {"benchmark": "single", "pairs": "multi", "swap": "swap"}
 DRAWN = [
     *(name for name, kind in GRIDS.items() if kind in KINDS),
@@ -100,6 +102,34 @@ rule router_notebook:
         "Running the router-map notebook"
     notebook:
         "../../notebooks/router_maps.ipynb"
+
+
+rule made:
+    input:
+        TABLES,
+        FIGURES,
+        f"{OUT}/report.html",
+    output:
+        f"{OUT}/made.json",
+    log:
+        f"{OUT}/logs/made.log",
+    conda:
+        "../../envs/models.yaml"
+    params:
+        config=lambda wildcards: json.dumps(CONFIG),
+        code=code("provenance"),
+        command=" ".join(
+            [
+                "snakemake --cores all full",
+                option("--configfile", map(os.path.relpath, workflow.configfiles)),
+            ]
+        ).strip(),
+        results=results,
+    message:
+        "Writing down what made {params.results}"
+    shell:
+        "python -m moa provenance --results {params.results} --config {params.config:q}"
+        " --command {params.command:q} --output {output} > {log} 2>&1"
 
 
 rule html_report:

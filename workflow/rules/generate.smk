@@ -1,6 +1,9 @@
 # The protocol's requests, and every method's images of them. A killed job goes on with the images that are there.
 METHODS = stages.methods(CONFIG)  # method: kinds
 KINDS = {kind for kinds in METHODS.values() for kind in kinds}
+MAKERS = {
+    method: [f"{method}{seed}" for seed in (SEEDS if method in TRAINED else [""])] for method in METHODS
+}  # method: the folders of its images, one a training
 TRAININGS = sorted({TRAINED[method] for method in METHODS if method in TRAINED})
 
 
@@ -31,15 +34,15 @@ rule generate:
         subjects=f"{OUT}/subjects/{{split}}.parquet",
         models=models("prior", "image_encoder"),
         trained=lambda wildcards: (
-            f"{OUT}/train/{TRAINED[wildcards.method]}" if wildcards.method in TRAINED else []
+            f"{OUT}/train/{TRAINED[wildcards.method]}{wildcards.seed}" if wildcards.method in TRAINED else []
         ),
     output:
-        made=f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.parquet",
-        memory=f"{OUT}/made/{{method}}/{{split}}-{{kind}}-{{shard}}.json",
+        made=f"{OUT}/made/{{method}}{{seed}}/{{split}}-{{kind}}-{{shard}}.parquet",
+        memory=f"{OUT}/made/{{method}}{{seed}}/{{split}}-{{kind}}-{{shard}}.json",
     log:
-        f"{OUT}/logs/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.log",
+        f"{OUT}/logs/generate/{{method}}{{seed}}-{{split}}-{{kind}}-{{shard}}.log",
     benchmark:
-        f"{OUT}/benchmarks/generate/{{method}}-{{split}}-{{kind}}-{{shard}}.tsv"
+        f"{OUT}/benchmarks/generate/{{method}}{{seed}}-{{split}}-{{kind}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
     threads: 1
@@ -51,9 +54,10 @@ rule generate:
         code=code("generate-shard"),
         trained=lambda wildcards, input: f"--trained {input.trained}" if input.trained else "",
         root=results,
+        folder=lambda wildcards: f"{wildcards.method}{wildcards.seed}",
     message:
-        "Making images: {wildcards.method}, {wildcards.kind}"
+        "Making images: {wildcards.method}{wildcards.seed}, {wildcards.kind}"
     shell:
         "python -m moa generate-shard --config {params.config:q} --method {wildcards.method}"
         " --requests {input.requests} --subjects {input.subjects} {params.trained}"
-        " --root {params.root} --output {output.made} --memory {output.memory} > {log} 2>&1"
+        " --root {params.root} --folder {params.folder} --output {output.made} --memory {output.memory} > {log} 2>&1"

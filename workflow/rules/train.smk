@@ -1,4 +1,5 @@
-# Training. Checkpoints lie outside the declared output, so a killed run goes on from the newest one.
+# Training, once with each of `train_seeds`. Checkpoints lie outside the declared output, so a killed run goes on from
+# the newest one.
 
 
 rule train:
@@ -7,11 +8,11 @@ rule train:
         subjects=f"{OUT}/subjects/validation.parquet",
         models=models("prior", "image_encoder"),
     output:
-        folder=directory(f"{OUT}/train/{{method}}"),
+        folder=directory(f"{OUT}/train/{{method}}{{seed}}"),
     log:
-        f"{OUT}/logs/train/{{method}}.log",
+        f"{OUT}/logs/train/{{method}}{{seed}}.log",
     benchmark:
-        f"{OUT}/benchmarks/train/{{method}}.tsv"
+        f"{OUT}/benchmarks/train/{{method}}{{seed}}.tsv"
     conda:
         "../../envs/models.yaml"
     threads: 2
@@ -19,10 +20,12 @@ rule train:
         mem_mb=6000,
         gpu=GPU,
     params:
-        config=lambda wildcards: settings(f"train-{wildcards.method}")(wildcards),
+        config=lambda wildcards: json.dumps(
+            stages.settings(f"train-{wildcards.method}", CONFIG) | SEEDS[wildcards.seed], sort_keys=True
+        ),
         code=lambda wildcards: code(f"train-{wildcards.method}")(wildcards),
     message:
-        "Training {wildcards.method}; `tail -f {log}` shows how far it is"
+        "Training {wildcards.method}{wildcards.seed}; `tail -f {log}` shows how far it is"
     shell:
         "python -m moa train-{wildcards.method} --config {params.config:q} --records {input.records}"
         " --subjects {input.subjects} --output {output.folder} > {log} 2>&1"

@@ -1,0 +1,104 @@
+"""What of a run is kept for others to read: made.json, which says how it was made; a copy without images.
+
+Entry points, called by `python -m moa provenance` and `python -m moa ship`:
+
+    provenance(results, config, command, output)    rule `made`, after everything else
+    ship(results, output)                           by hand: `python -m moa ship --results results/full`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from moa.files import write_atomically
+from moa.hashing import ROOT
+from moa.report import PACKAGES, installed
+
+FILES = ("made.json", "samples.parquet", "ablations/measures.parquet")
+FOLDERS = {"tables": (".csv", ".md", ".tex"), "figures": (".png",)}
+SOURCES = ("Snakefile", "workflow", "config", "moa", "notebooks")  # what results depend on
+
+
+def provenance(results: Path, config: str, command: str, output: Path) -> None:
+    """Write what made a run, as JSON.
+
+    commit: of the sources, null outside of git; changed: files of them that differ from it; seconds: wall
+    time of the jobs by rule, of which several ran side by side; config: the whole configuration.
+
+    Args:
+        results: folder of a run.
+        config: its whole configuration as JSON.
+        command: what was typed.
+        output: file to write.
+    """
+    about = {
+        "command": command,
+        "commit": git("rev-parse", "HEAD"),
+        "changed": (git("status", "--porcelain", "--", *SOURCES) or "").splitlines(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "seconds": seconds_of_jobs(results / "benchmarks"),
+        "config": json.loads(config),
+    }
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(output, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of the sources; None if they are in no repository, or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.rstrip("\n")
+
+
+def seconds_of_jobs(benchmarks: Path) -> dict[str, float]:
+    """Wall time of a run's jobs by rule, from Snakemake's benchmark files; `total` is their sum."""
+    spent: dict[str, float] = {}
+    for path in sorted(benchmarks.rglob("*.tsv")):
+        rule = path.relative_to(benchmarks).parts[0].removesuffix(".tsv")
+        head, *rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines())
+        spent[rule] = spent.get(rule, 0.0) + sum(float(row[head.index("s")]) for row in rows)
+    return {rule: round(value, 1) for rule, value in {**spent, "total": sum(spent.values())}.items()}
+
+
+def ship(results: Path, output: Path = Path("docs/results")) -> None:
+    """Copy a run's tables, figures, samples and provenance, without images, weights and data.
+
+    Args:
+        results: folder of a run that is whole, with its made.json.
+        output: folder to copy to; its tables and figures are replaced, other files stay.
+
+    Raises:
+        FileNotFoundError: the run is not whole.
+    """
+    whole = [results / name for name in FILES[:2]]
+    for path in whole:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: let the run end first (`snakemake --cores all full`)"
+            )
+    for folder, endings in FOLDERS.items():
+        shutil.rmtree(output / folder, ignore_errors=True)
+        for path in sorted((results / folder).iterdir()):
+            if path.suffix in endings:
+                copy(path, output / folder / path.name)
+    for name in FILES:
+        if (results / name).is_file():
+            copy(results / name, output / name)
+
+
+def copy(path: Path, to: Path) -> None:
+    """Copy a file, into folders that need not be there."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to)
