@@ -93,6 +93,26 @@ def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, proj
 
 
 @pytest.mark.slow
+def test_the_test_subjects_are_held_against_their_lock(snakemake: Run, project: Path) -> None:
+    """Offline, of a folder; another picture under the same name is an error until it is accepted."""
+    listed = yaml.safe_load((ROOT / PAPER["protocol"]).read_text())["test"]["subjects"]
+    for number, subject in enumerate([*listed["man"], *listed["woman"]]):
+        (project / "data/celeba" / subject).parent.mkdir(parents=True)
+        Image.new("RGB", (178, 218), (number, 0, 0)).save(project / f"data/celeba/{subject}.jpg")
+    target = "results/paper/subjects/test.parquet"
+    done = snakemake(target, "--cores", "1", config=PAPER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((project / "data/celeba.sha256").read_text().splitlines()) == 16
+    again = snakemake(target, "--dry-run", config=PAPER)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    Image.new("RGB", (178, 218), "red").save(project / f"data/celeba/{listed['man'][0]}.jpg")
+    assert snakemake(target, "--cores", "1", config=PAPER).returncode == 1
+    log = (project / "results/paper/logs/celeba_subjects.log").read_text()
+    assert "1 changed (000001/000000023.jpg). Put the old files back" in log
+
+
+@pytest.mark.slow
 def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
     config = settings() | {"source": "fastcomposer"}
     done = snakemake("results/paper/data/card.md", "--dry-run", config=config)

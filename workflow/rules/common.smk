@@ -4,7 +4,8 @@ from pathlib import Path
 
 from moa import stages
 from moa.config import load, resolve
-from moa.data.sources import listing
+from moa.data.sources import celeba, listing
+from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS as PHOTO_SOURCES, PhotosConfig
 from moa.hashing import code_hash
 from moa.trained import TRAINED
@@ -50,6 +51,12 @@ def stamp(wildcards):
     counts = {split: stages.shards(CONFIG, split) for split in ("train", "validation")}
     shard = (wildcards.split, int(wildcards.shard)) if "shard" in wildcards.keys() else ()
     return listing.stamp(source, counts, *shard)
+
+
+def subjects_stamp(wildcards):
+    """What changes when the photo of a test subject does."""
+    chosen = load(SubjectsConfig, stages.settings("celeba-subjects", CONFIG), "data.subjects.test")
+    return celeba.stamp(stages.subjects(CONFIG), chosen)
 
 
 def results(wildcards):

@@ -50,19 +50,68 @@ if CONFIG["source"] == "miniature":
             "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
             " --output {output} > {log} 2>&1"
 
+elif "subjects" in CONFIG["data"]:
+
+    rule celeba_subjects:
+        input:
+            protocol=CONFIG["protocol"],
+        output:
+            f"{OUT}/subjects/test.parquet",
+        log:
+            f"{OUT}/logs/celeba_subjects.log",
+        benchmark:
+            f"{OUT}/benchmarks/celeba_subjects.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("celeba-subjects"),
+            code=code("celeba-subjects"),
+            files=subjects_stamp,
+        message:
+            "Taking in the protocol's test subjects"
+        shell:
+            "python -m moa celeba-subjects --config {params.config:q} --protocol {input.protocol} --output {output}"
+            " > {log} 2>&1"
+
+    rule held_out_subjects:
+        input:
+            shards("records", "validation"),
+        output:
+            f"{OUT}/subjects/validation.parquet",
+        log:
+            f"{OUT}/logs/held_out_subjects.log",
+        benchmark:
+            f"{OUT}/benchmarks/held_out_subjects.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=4000,
+        params:
+            config=settings("held-out-subjects"),
+            code=code("held-out-subjects"),
+        message:
+            "Choosing validation subjects among the held-out photos"
+        shell:
+            "python -m moa held-out-subjects --config {params.config:q} --records {input} --output {output}"
+            " > {log} 2>&1"
+
 else:
 
-    rule subject_photos:
+    rule subjects_by_hand:
         output:
             f"{OUT}/subjects/{{split}}.parquet",
         log:
-            f"{OUT}/logs/subject_photos/{{split}}.log",
+            f"{OUT}/logs/subjects_by_hand/{{split}}.log",
         conda:
             "../../envs/models.yaml"
         message:
-            "{output}: no rule fetches photographs yet. Write this file yourself; docs/schemas.md has its columns."
+            "{output}: without the key data.subjects you write it; docs/schemas.md has its columns."
         shell:
-            "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
+            "echo 'Without the key data.subjects you write {output}; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
 
 
 if CONFIG["source"] == "shards":
