@@ -21,15 +21,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(loader: Any, source: ModelSource, role: str, **options: Any) -> Any:
-    """`loader.from_pretrained` of a model's folder or hub id; `role` is its key under `models` in the config.
+    """`loader.from_pretrained` of a model's folder or hub id; `role` its key in the config, below `models`.
 
     Raises DataError that names the key, the model and the cure, if it is missing, damaged or of another kind.
     """
+    key = role if "." in role else f"models.{role}"
     try:
         return loader.from_pretrained(source.id, revision=source.revision or "main", **options)
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError
         raise DataError(
-            f"models.{role}: {source.id!r} cannot be loaded ({type(error).__name__}: {error}); "
+            f"{key}: {source.id!r} cannot be loaded ({type(error).__name__}: {error}); "
             "correct its id or revision, or make the folder again"
         ) from error
 

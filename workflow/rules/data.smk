@@ -2,6 +2,8 @@
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
 TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
 QUARANTINED = shards("quarantined", "train") + shards("quarantined", "validation") if TAKEN_IN else []
+# The archive brings its own phrases.
+NAMED = shards("phrases", "train") + shards("phrases", "validation") if CONFIG["source"] != "fastcomposer" else []
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 
 
@@ -276,6 +278,7 @@ rule align:
     output:
         records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
         rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+        phrases=f"{OUT}/data/phrases/{{split}}-{{shard}}.parquet",
     log:
         f"{OUT}/logs/align/{{split}}-{{shard}}.log",
     benchmark:
@@ -293,7 +296,7 @@ rule align:
     shell:
         "python -m moa align --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
         " --captions {input.captions} --segments {input.segments}"
-        " --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+        " --records {output.records} --rejected {output.rejected} --phrases {output.phrases} > {log} 2>&1"
 
 
 if CONFIG["source"] == "fastcomposer":
@@ -335,6 +338,7 @@ rule data_card:
         rejected=shards("rejected", "train") + shards("rejected", "validation"),
         quarantined=QUARANTINED,
         passed=[f"{OUT}/data/quarantine.passed"] if QUARANTINED else [],
+        phrases=NAMED,
     output:
         json=f"{OUT}/data/card.json",
         markdown=report(f"{OUT}/data/card.md", category="Data", caption="../report/data.rst"),
@@ -352,11 +356,13 @@ rule data_card:
         config=settings("card"),
         code=code("card"),
         quarantined=option("--quarantined", QUARANTINED),
+        phrases=option("--phrases", NAMED),
     message:
         "Describing the training data"
     shell:
         "python -m moa card --config {params.config:q} --records {input.records} --rejected {input.rejected}"
-        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined} > {log} 2>&1"
+        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined}"
+        " {params.phrases} > {log} 2>&1"
 
 
 rule annotation_errors:
