@@ -59,6 +59,11 @@ def subjects_stamp(wildcards):
     return celeba.stamp(stages.subjects(CONFIG), chosen)
 
 
+def workers(stage):
+    """Threads of a stage that looks at photos: one for the model, and those that decode and resize ahead of it."""
+    return 1 + CONFIG["data"].get(stage, {}).get("workers", 0)
+
+
 def results(wildcards):
     """The folder that everything of a run lies in."""
     return OUT

@@ -3,7 +3,9 @@ ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature"
 TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
 QUARANTINED = shards("quarantined", "train") + shards("quarantined", "validation") if TAKEN_IN else []
 # The archive brings its own phrases.
-NAMED = shards("phrases", "train") + shards("phrases", "validation") if CONFIG["source"] != "fastcomposer" else []
+NAMED = (
+    shards("phrases", "train") + shards("phrases", "validation") if CONFIG["source"] != "fastcomposer" else []
+)
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 
 
@@ -230,7 +232,7 @@ rule caption:
         f"{OUT}/benchmarks/caption/{{split}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 1
+    threads: workers("caption")
     resources:
         mem_mb=2000,
         gpu=GPU,
@@ -256,7 +258,7 @@ rule segment:
         f"{OUT}/benchmarks/segment/{{split}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 1
+    threads: workers("segment")
     resources:
         mem_mb=2000,
         gpu=GPU,
