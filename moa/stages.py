@@ -173,6 +173,9 @@ STAGES: dict[str, Stage] = {
     "benchmark-unet": Stage(
         "moa.benchmark:run", "measure time and memory of U-Net passes and training steps", "benchmark"
     ),
+    "benchmark-data": Stage(
+        "moa.data.benchmark:run", "measure time and memory of captions and masks", "data.benchmark", DEVICE
+    ),
     "schema": Stage("moa.schema:write", "write the JSON schema of the configuration"),
 }
 
