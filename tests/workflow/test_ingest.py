@@ -13,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from moa.data.held_out import HeldOutConfig
+from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import SUFFIXES, shard_of
 from moa.data.sources.reasons import QUARANTINED
@@ -121,7 +123,12 @@ def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
 
 
 def test_the_page_names_every_key_source_and_reason() -> None:
-    for setting in (*fields(PhotosConfig), *fields(QuarantineConfig)):
+    for setting in (
+        *fields(PhotosConfig),
+        *fields(QuarantineConfig),
+        *fields(SubjectsConfig),
+        *fields(HeldOutConfig),
+    ):
         assert re.search(rf"`(?:\w+\.)*{setting.name}`", PAGE), setting.name
     assert [kind for kind in (*KINDS, "shards") if f"| `{kind}` |" not in PAGE] == []
     assert [reason for reason in QUARANTINED if f"`{reason}`" not in PAGE] == []
