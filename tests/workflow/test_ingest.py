@@ -122,6 +122,23 @@ def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
     assert jobs(done.stdout) == counts
 
 
+@pytest.mark.slow
+def test_captions_and_masks_are_one_job_a_shard(snakemake: Run) -> None:
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=settings())
+    counted = jobs(done.stdout)
+    assert {rule: counted[rule] for rule in ("photos", "caption", "segment", "align")} == {
+        "photos": "3", "caption": "3", "segment": "3", "align": "3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["caption", "segment"])
+def test_captions_and_masks_ask_for_a_gpu(rule: str) -> None:
+    """A cluster's scheduler must know."""
+    text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
+    [block] = re.findall(rf"^rule {rule}:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=GPU,", block)
+
+
 def test_the_page_names_every_key_source_and_reason() -> None:
     for setting in (
         *fields(PhotosConfig),
