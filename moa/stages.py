@@ -90,6 +90,12 @@ STAGES: dict[str, Stage] = {
     "quarantine": Stage(
         "moa.data.sources.quarantine:run", "list the photos that were put aside", "data.quarantine"
     ),
+    "celeba-subjects": Stage(
+        "moa.data.celeba:run", "take in the protocol's test subjects", "data.subjects.test"
+    ),
+    "held-out-subjects": Stage(
+        "moa.data.held_out:run", "make validation subjects of held-out records", "data.subjects.validation"
+    ),
     "archive-records": Stage(
         "moa.data.archive:run",
         "make records of the annotations in FastComposer's archive",
@@ -183,6 +189,9 @@ STAGES: dict[str, Stage] = {
     "benchmark-unet": Stage(
         "moa.benchmark:run", "measure time and memory of U-Net passes and training steps", "benchmark"
     ),
+    "benchmark-data": Stage(
+        "moa.data.benchmark:run", "measure time and memory of captions and masks", "data.benchmark", DEVICE
+    ),
     "schema": Stage("moa.schema:write", "write the JSON schema of the configuration"),
 }
 
@@ -266,15 +275,29 @@ def shards(config: Config, split: str) -> int:
     return -(-get(config, f"render.{split}") // get(config, "render.shard_size"))
 
 
-def kinds(config: Config, split: str) -> list[str]:
-    """Kinds of images that the protocol knows for a split. Raises ValueError naming the file."""
+def _protocol(config: Config, what: str, *keys: str) -> Any:
+    """`what` stands in the protocol's file below these keys. Raises ValueError naming the file."""
     path = config["protocol"]
     try:
-        return list(yaml.safe_load(Path(path).read_text(encoding="utf-8"))[split]["kinds"])
+        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+        return value
     except FileNotFoundError:
         raise ValueError(f"protocol {path} does not exist; check the config's key `protocol`") from None
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"protocol {path} has no kinds of images at {split}.kinds ({error})") from error
+        raise ValueError(f"protocol {path} has no {what} at {'.'.join(keys)} ({error})") from error
+
+
+def kinds(config: Config, split: str) -> list[str]:
+    """Kinds of images that the protocol knows for a split. Raises ValueError naming the file."""
+    return list(_protocol(config, "kinds of images", split, "kinds"))
+
+
+def subjects(config: Config) -> list[str]:
+    """The test subjects that the protocol lists below their words; none if it lists none."""
+    listed = _protocol(config, "subjects", "test", "subjects")
+    return [name for names in listed.values() for name in names] if isinstance(listed, dict) else []
 
 
 def methods(config: Config) -> dict[str, list[str]]:

@@ -2,10 +2,10 @@
 
 Entry point, called by `python -m moa align`:
 
-    run(config, split, raw, captions, segments, records, rejected)      one shard of each
+    run(config, split, raw, captions, segments, records, rejected, phrases)      one shard of each
 
 Every photo ends either as a record or as a rejected row with one of `REASONS` in
-`moa.data.errors`; none is lost.
+`moa.data.errors`; none is lost. `phrases` says of every photo whom its caption names, and who found that out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from moa.choose import greedy_pairs
 from moa.data import phrases
 from moa.data.annotators import load
 from moa.data.crops import middle_square
 from moa.data.errors import BrokenImage, DataError, Rejected
+from moa.data.parser import PHRASES, Finder, Kind, finder
 from moa.data.phrases import Phrase
 from moa.data.records import (
     CAPTION,
@@ -51,8 +52,15 @@ class AlignConfig:
 
     tokenizer: ModelSource  # of the text encoder that will read the captions
     tokenizer_subfolder: str = "tokenizer"  # "" if the tokenizer lies at the top of its folder
+    phrases: Kind = (
+        "auto"  # noun phrases by spaCy or the lexicon; auto: spaCy if it and `spacy` are installed
+    )
+    spacy: str = "en_core_web_sm"  # spaCy's pipeline: an installed package, or a folder
     matcher: Literal["label", "clip"] = "label"  # label: left to right; clip: CLIP score x label similarity
     clip: ModelSource | None = None  # CLIPModel with its processor, for `matcher: clip`
+    label_model: ModelSource | None = (
+        None  # sentence encoder that compares phrase and label; null: as strings
+    )
     clip_text: Literal["phrase", "clause"] = "clause"  # judged against a segment: "a man", or all said of him
     plurals: Literal["expand", "reject"] = "expand"  # "two men" becomes "a man and a man", or is rejected
     min_area: float = 0.02  # least share of the photo that a person must cover; smaller ones are not counted
@@ -97,6 +105,32 @@ def label_similarity(word: str, label: str) -> float:
     return float(word.lower() == label.lower() or (label == "person" and word.lower() in phrases.SINGULAR))
 
 
+Similarity = Callable[[Sequence[str], Sequence[Phrase], Sequence[str]], NDArray[Any]]
+
+
+def same_strings(texts: Sequence[str], people: Sequence[Phrase], labels: Sequence[str]) -> NDArray[Any]:
+    """`label_similarity` of each person's word and each label, [P, S]."""
+    return np.array([[label_similarity(person.word, label) for label in labels] for person in people])
+
+
+class SentenceSimilarity:
+    """The cosine, moved to 0..1, between phrases and labels in a sentence encoder: means of last states."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.model = load(AutoModel, source, "data.align.label_model", dtype=torch.float32).eval()
+        self.tokenizer = load(AutoTokenizer, source, "data.align.label_model")
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit vectors [texts, channels]."""
+        inputs = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
+        states, here = self.model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        return torch.nn.functional.normalize((states * here).sum(1) / here.sum(1), dim=-1)
+
+    def __call__(self, texts: Sequence[str], people: Sequence[Phrase], labels: Sequence[str]) -> NDArray[Any]:
+        return ((1 + self.embed(texts) @ self.embed(labels).T) / 2).double().numpy()
+
+
 Scorer = Callable[[Image.Image, Sequence[str], Sequence[Row]], NDArray[Any]]
 
 
@@ -131,16 +165,15 @@ def match(
     segments: Sequence[Row],
     scorer: Scorer,
     whole: bool,
+    similarity: Similarity = same_strings,
 ) -> list[Row]:
     """The segment of each phrase, in the caption's order; `segments` are given from left to right.
 
     `whole`: judge a person by all that is said of them, not by the phrase alone.
     """
-    texts = [
-        phrases.clause(caption, people, i) if whole else caption[phrase.start : phrase.end]
-        for i, phrase in enumerate(people)
-    ]
-    similar = np.array([[label_similarity(p.word, s["label"]) for s in segments] for p in people])
+    named = [caption[phrase.start : phrase.end] for phrase in people]
+    texts = [phrases.clause(caption, people, i) for i in range(len(people))] if whole else named
+    similar = similarity(named, people, [segment["label"] for segment in segments])
     scores = scorer(photo, texts, segments) * similar
     return [segments[index] for index in order_equals(one_to_one(scores), texts)]
 
@@ -148,13 +181,13 @@ def match(
 # --- Checks -----------------------------------------------------------------------------------------------
 
 
-def named_people(caption: str, plurals: str) -> tuple[str, list[Phrase]]:
+def named_people(caption: str, plurals: str, find: Finder) -> tuple[str, list[Phrase]]:
     """The caption as it will be trained on, and the people it names. Raises Rejected."""
     text = phrases.expand_plurals(caption) if plurals == "expand" else caption
     plural = phrases.find_plural(text)
     if plural:
         raise Rejected("plural", f"{plural!r} in {caption!r}")
-    people = phrases.person_phrases(text)
+    people = find(text)
     if not people:
         raise Rejected("no_person_word", repr(caption))
     return text, people
@@ -207,25 +240,48 @@ class Aligner:
 
     config: AlignConfig
     tokenizer: Any
+    find: Finder
     scorer: Scorer
+    similarity: Similarity
 
     @classmethod
     def load(cls, config: AlignConfig) -> Aligner:
-        """Load tokenizer and, if asked for, CLIP. Raises DataError."""
+        """Load tokenizer and, if asked for, parser, CLIP and sentence encoder. Raises DataError."""
         tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
         return cls(
             config,
             tokenizer,
+            finder(config.phrases, config.spacy),
             ClipScorer(config.clip) if config.matcher == "clip" and config.clip else no_scores,
+            SentenceSimilarity(config.label_model) if config.label_model else same_strings,
         )
 
-    def __call__(self, split: str, raw: Row, caption: Row, found: Row) -> Row:
+    def phrases(self, caption: Row) -> Row:
+        """Whom a row of captions names: a row of `PHRASES`."""
+        text: str | None = None
+        people: list[Phrase] = []
+        problem = caption["problem"]
+        if not problem:
+            try:
+                text, people = named_people(caption["caption"], self.config.plurals, self.find)
+            except Rejected as why:
+                problem = str(why)
+        return {
+            "id": caption["id"],
+            "caption": text,
+            "phrases": [{"word": p.word, "start": p.start, "end": p.end} for p in people],
+            "problem": problem,
+            "model": self.find.model,
+            "revision": self.find.revision,
+        }
+
+    def __call__(self, split: str, raw: Row, caption: Row, found: Row, named: Row) -> Row:
         """The record of one photo. Raises Rejected."""
-        for row in (caption, found):
+        for row in (caption, found, named):
             if row["problem"]:
                 reason, _, detail = row["problem"].partition(": ")
                 raise Rejected(reason, detail)
-        text, people = named_people(caption["caption"], self.config.plurals)
+        text, people = named["caption"], [Phrase(**phrase) for phrase in named["phrases"]]
         check_tokens(self.tokenizer, text, people)
         ids = decode_mask(found["mask"])
         segments = large_enough(found["segments"], ids.size, self.config)
@@ -236,7 +292,9 @@ class Aligner:
             photo = decode_image(raw["image"])
         except BrokenImage as error:
             raise Rejected("broken_image", str(error)) from error
-        matched = match(photo, text, people, segments, self.scorer, self.config.clip_text == "clause")
+        matched = match(
+            photo, text, people, segments, self.scorer, self.config.clip_text == "clause", self.similarity
+        )
         return self._record(split, raw, caption, found, text, people, matched, ids)
 
     @staticmethod
@@ -311,11 +369,12 @@ def run(
     segments: str | Path,
     records: str | Path,
     rejected: str | Path,
+    phrases: str | Path,
 ) -> None:
-    """Turn a shard of annotated photos into records and rejected rows.
+    """Turn a shard of annotated photos into records, rejected rows, and a row of phrases for each photo.
 
-    Raises DataError for bad inputs, and if more than `max_rejected` of the shard was rejected; the rejected
-    rows are written even then, so that one can look.
+    Raises DataError for bad inputs, and if more than `max_rejected` of the shard was rejected; phrases and
+    rejected rows are written even then, so that one can look.
     """
     photos = read_rows(raw, RAW)
     names = [row["id"] for row in photos]
@@ -324,11 +383,14 @@ def run(
     aligner = Aligner.load(config)
     kept: list[Row] = []
     refused: list[Row] = []
+    named = {name: aligner.phrases(captioned[name]) for name in names}
     for row in tqdm(photos, desc=f"align {Path(raw).stem}", unit="image"):
         try:
-            kept.append(aligner(split, row, captioned[row["id"]], segmented[row["id"]]))
+            found = captioned[row["id"]], segmented[row["id"]], named[row["id"]]
+            kept.append(aligner(split, row, *found))
         except Rejected as why:
             refused.append({"id": row["id"], "reason": why.reason, "detail": why.detail})
+    write_rows(phrases, named.values(), PHRASES)
     write_rows(rejected, refused, REJECTED)
     check_rejected(raw, photos, refused, config)
     write_rows(records, kept, RECORD)

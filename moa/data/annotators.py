@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from moa.data.errors import BrokenImage, DataError
@@ -16,20 +18,23 @@ from moa.hashing import model_hash
 from moa.methods import ModelSource
 
 Precision = Literal["no", "fp16", "bf16"]
-Found = TypeVar("Found")
+Found = TypeVar("Found", covariant=True)
+T = TypeVar("T")
+Prepare = Callable[[Sequence[Image.Image]], torch.Tensor]
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load(loader: Any, source: ModelSource, role: str, **options: Any) -> Any:
-    """`loader.from_pretrained` of a model's folder or hub id; `role` is its key under `models` in the config.
+    """`loader.from_pretrained` of a model's folder or hub id; `role` its key in the config, below `models`.
 
     Raises DataError that names the key, the model and the cure, if it is missing, damaged or of another kind.
     """
+    key = role if "." in role else f"models.{role}"
     try:
         return loader.from_pretrained(source.id, revision=source.revision or "main", **options)
     except Exception as error:  # the libraries raise anything from OSError to SafetensorError
         raise DataError(
-            f"models.{role}: {source.id!r} cannot be loaded ({type(error).__name__}: {error}); "
+            f"{key}: {source.id!r} cannot be loaded ({type(error).__name__}: {error}); "
             "correct its id or revision, or make the folder again"
         ) from error
 
@@ -49,40 +54,93 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
 
 
-def annotate(
-    model: Callable[[Sequence[Image.Image]], Sequence[Found]], rows: Sequence[Row], size: int, title: str
-) -> tuple[dict[str, Found], dict[str, str]]:
-    """What a model says of each photo, `size` at a time, and why a photo could not be read, both by id."""
-    found: dict[str, Found] = {}
-    problems: dict[str, str] = {}
-    for batch, images in batches(rows, size, problems, title):
-        found |= zip((row["id"] for row in batch), model(images), strict=True)
-    return found, problems
+def check_workers(config: Any) -> None:
+    """Raise ValueError naming the key unless `workers` is at least 0."""
+    if config.workers < 0:
+        raise ValueError(f"workers must be at least 0, not {config.workers}")
 
 
-def batches(
-    rows: Sequence[Mapping[str, Any]], size: int, problems: dict[str, str], title: str
-) -> Iterator[tuple[list[Row], list[Image.Image]]]:
-    """Decode photos and hand them out in batches of equal pixel size; broken ones go to `problems` by id.
+def pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
+    """What a model sees of RGB images of one size: [images, 3, height, width]."""
+    return processor(images=list(images), return_tensors="pt")["pixel_values"]
 
-    Equal sizes need no padding, so that a photo's annotation does not depend on its neighbours. Photos are
-    decoded when their batch is due; the header alone decides the batch.
+
+@dataclass(frozen=True)
+class Batch:
+    """Photos of equal pixel size, ready for a model."""
+
+    ids: list[str]
+    sizes: list[tuple[int, int]]  # (height, width) of each photo, pixels
+    pixels: torch.Tensor  # [photos, 3, height, width] of the model
+
+
+class Batches(Dataset[tuple[list[Batch], dict[str, str]]]):
+    """Photos in batches of equal pixel size, decoded and resized when they are asked for.
+
+    Equal sizes need no padding, so that a photo's annotation does not depend on its neighbours. An item is
+    batches, several if photos are not as large as their rows say, and the problems of broken ones by id.
     """
-    waiting: dict[tuple[int, int], tuple[list[Row], list[Image.Image]]] = {}
-    with tqdm(total=len(rows), desc=title, unit="image") as bar:
-        for row in rows:
+
+    def __init__(self, rows: Sequence[Row], size: int, prepare: Prepare) -> None:
+        """size: photos of a batch, at most; prepare: from images to a model's pixels."""
+        self.prepare = prepare
+        self.groups = [
+            group[start : start + size]
+            for group in _grouped(rows, [(row["height"], row["width"]) for row in rows])
+            for start in range(0, len(group), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> tuple[list[Batch], dict[str, str]]:
+        photos: list[tuple[str, Image.Image]] = []
+        problems: dict[str, str] = {}
+        for row in self.groups[index]:
             try:
-                image = decode_image(row["image"])
+                photos.append((row["id"], decode_image(row["image"])))
             except BrokenImage as error:
                 problems[row["id"]] = f"broken_image: {error}"
-                bar.update()
-                continue
-            batch = waiting.setdefault(image.size, ([], []))
-            batch[0].append(dict(row))
-            batch[1].append(image)
-            if len(batch[0]) == size:
-                yield waiting.pop(image.size)
-                bar.update(size)
-        for batch in waiting.values():
-            yield batch
-            bar.update(len(batch[0]))
+        parts = _grouped(photos, [(image.height, image.width) for _, image in photos])
+        return [self._batch(part) for part in parts], problems
+
+    def _batch(self, photos: Sequence[tuple[str, Image.Image]]) -> Batch:
+        names, images = zip(*photos, strict=True)
+        sizes = [(image.height, image.width) for image in images]
+        return Batch(list(names), sizes, self.prepare(images))
+
+
+def _grouped(items: Sequence[T], keys: Sequence[Any]) -> list[list[T]]:
+    """Items of equal keys together, in the order in which they first come."""
+    groups: dict[Any, list[T]] = {}
+    for item, key in zip(items, keys, strict=True):
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
+
+
+class Annotator(Protocol[Found]):
+    """A model that says something of each photo: prepared in a worker's process, looked at in this one."""
+
+    @property
+    def prepare(self) -> Prepare: ...
+
+    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Found]: ...
+
+
+def annotate(
+    model: Annotator[Found], rows: Sequence[Row], size: int, workers: int, title: str
+) -> tuple[dict[str, Found], dict[str, str]]:
+    """What a model says of each photo, `size` at a time, and why a photo could not be read, both by id.
+
+    `workers` processes decode and resize the next photos while the model looks; 0: it waits for them.
+    """
+    found: dict[str, Found] = {}
+    problems: dict[str, str] = {}
+    loader = DataLoader(Batches(rows, size, model.prepare), batch_size=None, num_workers=workers)
+    with tqdm(total=len(rows), desc=title, unit="image") as bar:
+        for parts, broken in loader:
+            problems |= broken
+            for batch in parts:
+                found |= zip(batch.ids, model.look(batch.pixels, batch.sizes), strict=True)
+            bar.update(len(broken) + sum(len(batch.ids) for batch in parts))
+    return found, problems

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-from moa.data.annotators import DTYPES, Precision, annotate, check_positive, load, revision
+from moa.data.annotators import (
+    DTYPES,
+    Precision,
+    annotate,
+    check_positive,
+    check_workers,
+    load,
+    pixel_values,
+    revision,
+)
 from moa.data.records import CAPTION, RAW, read_rows, write_rows
 from moa.methods import ModelSource
 
@@ -35,9 +45,11 @@ class CaptionConfig:
     max_new_tokens: int = 40  # longest caption, tokens of the captioner
     num_beams: int = 1  # 1 = greedy
     precision: Precision = "no"  # "no" = 32-bit floats
+    workers: int = 0  # processes that decode and resize ahead of the model
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_workers(self)
         check_positive(self, "batch_size", "max_new_tokens", "num_beams")
 
     @property
@@ -57,15 +69,19 @@ class Captioner:
     def __init__(self, config: CaptionConfig) -> None:
         self.config = config
         self.processor = load(AutoProcessor, config.model, "captioner")
+        self.prepare = partial(pixel_values, self.processor)
         model = load(Blip2ForConditionalGeneration, config.model, "captioner", dtype=DTYPES[config.precision])
         self.model = model.to(config.device).eval()
         self.revision = revision(config.model, model)
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """One caption an RGB image, spaces mended; empty where the model says nothing."""
-        inputs = self.processor(images=list(images), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.config.device, DTYPES[self.config.precision])
+        return self.look(self.prepare(images))
+
+    @torch.inference_mode()
+    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]] = ()) -> list[str]:
+        """The same of what `prepare` made of the images, whose sizes do not matter."""
+        pixels = pixels.to(self.config.device, DTYPES[self.config.precision])
         tokens = self.model.generate(pixel_values=pixels, **self.config.decoding)
         tokens = tokens[:, self._prefix(tokens) :]
         texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -81,7 +97,9 @@ def run(config: CaptionConfig, raw: str | Path, output: str | Path) -> None:
     """Caption every photo of a raw shard. Raises DataError for a bad shard or model."""
     rows = read_rows(raw, RAW)
     captioner = Captioner(config)
-    captions, problems = annotate(captioner, rows, config.batch_size, f"caption {Path(raw).stem}")
+    captions, problems = annotate(
+        captioner, rows, config.batch_size, config.workers, f"caption {Path(raw).stem}"
+    )
     problems |= {name: "empty_caption: the model said nothing" for name, text in captions.items() if not text}
     settings = json.dumps(config.decoding | {"precision": config.precision}, sort_keys=True)
     annotated = [

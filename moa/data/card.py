@@ -2,7 +2,7 @@
 
 Entry point, called by `python -m moa card`:
 
-    run(config, records, rejected, json_path, markdown, sheet, quarantined)      lists of shards → three files
+    run(config, records, rejected, json_path, markdown, sheet, quarantined, phrases)      shards → three files
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from moa.choose import spread
 from moa.data.crops import resize_ids
 from moa.data.errors import REASONS, DataError
+from moa.data.parser import PHRASES
 from moa.data.records import RECORD, REJECTED, Row, decode_image, decode_mask, read_rows
 from moa.data.sources.reasons import QUARANTINED
 from moa.files import write_atomically
@@ -66,7 +67,10 @@ def data_hash(records: Sequence[Row]) -> str:
 
 
 def describe(
-    records: Sequence[Row], rejected: Sequence[Row], quarantined: Sequence[Row] = ()
+    records: Sequence[Row],
+    rejected: Sequence[Row],
+    quarantined: Sequence[Row] = (),
+    phrases: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """The card's content, ready for JSON."""
     subjects = [segment for record in records for segment in record["segments"]]
@@ -92,7 +96,8 @@ def describe(
             f"{record[f'{kind}_model']} @ {record[f'{kind}_revision']}"
             for kind in ("caption", "segment")
             for record in records
-        ),
+        )
+        | _counts(f"{row['model']} @ {row['revision']}" for row in phrases),
         "sha256": data_hash(records),
     }
 
@@ -165,10 +170,11 @@ def run(
     markdown: str | Path,
     sheet: str | Path,
     quarantined: Sequence[str | Path] = (),
+    phrases: Sequence[str | Path] = (),
 ) -> None:
     """Describe all shards of a data set. Raises DataError for a bad shard or if there is no record."""
     kept, refused = read_rows(records, RECORD), read_rows(rejected, REJECTED)
-    card = describe(kept, refused, read_rows(quarantined, REJECTED))
+    card = describe(kept, refused, read_rows(quarantined, REJECTED), read_rows(phrases, PHRASES))
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     write_atomically(json_path, lambda path: path.write_text(text, "utf-8"))
     write_atomically(markdown, lambda path: path.write_text(to_markdown(card), "utf-8"))

@@ -1,11 +1,14 @@
 """Who a caption speaks of: noun phrases of people with character offsets, by a lexicon.
 
 Good enough for captions of photos ("a man in a hat and a smiling young woman"); needs no parser or download.
+`moa.data.parser` finds the phrases by spaCy instead, and takes from here which words mean a person.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SINGULAR = (
@@ -45,6 +48,12 @@ _NUMBERED = re.compile(
 _PLURAL = re.compile(rf"(?<![\w-])(?:{'|'.join(PLURAL)})\b(?!['’])", re.IGNORECASE)
 
 
+def lexicon_hash() -> str:
+    """16 hexadecimal digits that change with the words and patterns above."""
+    text = "\n".join(pattern.pattern for pattern in (_PERSON, _NUMBERED, _PLURAL))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Phrase:
     """A noun phrase that means one person; its head noun `word` ends where the phrase ends."""
@@ -56,14 +65,19 @@ class Phrase:
 
 def person_phrases(caption: str) -> list[Phrase]:
     """The people that a caption names, in its order; "the man" after "a man" is the same one again."""
-    phrases: list[Phrase] = []
-    for match in _PERSON.finditer(caption):
-        word, determiner = match["word"], (match["determined"] or "").split()
-        known = {phrase.word.lower() for phrase in phrases}
-        if determiner and determiner[0].lower() in ("the", "this", "that") and word.lower() in known:
-            continue
-        phrases.append(Phrase(word, match.start(), match.end()))
-    return phrases
+    found = (Phrase(match["word"], match.start(), match.end()) for match in _PERSON.finditer(caption))
+    return new_people(caption, found)
+
+
+def new_people(caption: str, phrases: Iterable[Phrase]) -> list[Phrase]:
+    """The phrases but those that mean somebody who was named before, "the man" after "a man"."""
+    kept: list[Phrase] = []
+    for phrase in phrases:
+        first = caption[phrase.start : phrase.end].split()[0].lower()
+        known = {other.word.lower() for other in kept}
+        if first not in ("the", "this", "that") or phrase.word.lower() not in known:
+            kept.append(phrase)
+    return kept
 
 
 def expand_plurals(caption: str) -> str:

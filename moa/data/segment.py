@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-from moa.data.annotators import DTYPES, Precision, annotate, check_positive, load, revision
+from moa.data.annotators import (
+    DTYPES,
+    Precision,
+    annotate,
+    check_positive,
+    check_workers,
+    load,
+    pixel_values,
+    revision,
+)
 from moa.data.errors import DataError
 from moa.data.records import RAW, SEGMENT, IdMap, Row, bounding_box, encode_mask, read_rows, write_rows
 from moa.methods import ModelSource
@@ -38,9 +48,11 @@ class SegmentConfig:
     mask_threshold: float = 0.5  # least probability of a pixel [Mask2Former]
     overlap: float = 0.8  # least share of a segment's pixels that no other segment claims [Mask2Former]
     precision: Precision = "no"  # "no" = 32-bit floats
+    workers: int = 0  # processes that decode and resize ahead of the model
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_workers(self)
         check_positive(self, "batch_size")
         for name in ("threshold", "mask_threshold", "overlap"):
             if not 0 <= getattr(self, name) < 1:
@@ -98,6 +110,7 @@ class Segmenter:
     def __init__(self, config: SegmentConfig) -> None:
         self.config = config
         self.processor = load(AutoImageProcessor, config.model, "segmenter")
+        self.prepare = partial(pixel_values, self.processor)
         model = load(
             AutoModelForUniversalSegmentation, config.model, "segmenter", dtype=DTYPES[config.precision]
         )
@@ -109,18 +122,20 @@ class Segmenter:
             raise DataError(f"label {config.label!r} is unknown to {config.model.id}; it knows {known}, …")
         self.person = {index for index, name in names.items() if name == config.label}
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[Segmentation]:
         """The people of RGB images of one size. Raises DataError for images of several sizes."""
         if len({image.size for image in images}) > 1:
             raise DataError("images of one call must have the same size; call once for each size")
-        inputs = self.processor(images=list(images), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.config.device, DTYPES[self.config.precision])
+        return self.look(self.prepare(images), [(image.height, image.width) for image in images])
+
+    @torch.inference_mode()
+    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
+        """The same of what `prepare` made of images of these sizes, (height, width)."""
+        pixels = pixels.to(self.config.device, DTYPES[self.config.precision])
         outputs = self.model(pixel_values=pixels)
         logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
         return [
-            self._people(classes, masks, (image.height, image.width))
-            for (classes, masks), image in zip(logits, images, strict=True)
+            self._people(classes, masks, size) for (classes, masks), size in zip(logits, sizes, strict=True)
         ]
 
     def _people(self, classes: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> Segmentation:
@@ -153,7 +168,9 @@ def run(config: SegmentConfig, raw: str | Path, output: str | Path) -> None:
     """Find the people of every photo of a raw shard. Raises DataError for a bad shard or model."""
     rows = read_rows(raw, RAW)
     segmenter = Segmenter(config)
-    found, problems = annotate(segmenter, rows, config.batch_size, f"segment {Path(raw).stem}")
+    found, problems = annotate(
+        segmenter, rows, config.batch_size, config.workers, f"segment {Path(raw).stem}"
+    )
     settings = json.dumps(config.settings, sort_keys=True)
     annotated = [
         {

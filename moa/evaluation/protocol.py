@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -73,6 +73,7 @@ class Split:
 
     subjects: tuple[str, ...] | int
     kinds: Mapping[str, Kind]
+    words: Mapping[str, str] = field(default_factory=dict)  # subject: "man", "woman"; where the file says so
 
     def choose(self, available: Sequence[Named]) -> list[Named]:
         """The split's subjects among those that there are; ValueError naming the ones that are missing."""
@@ -155,16 +156,33 @@ def _keys(
 def _split(path: str | Path, name: str, data: Any) -> Split:
     _keys(path, name, data, required=("subjects", "kinds"))
     subjects = data["subjects"]
+    words = _words(path, name, subjects)
+    subjects = list(words) if words else subjects
     if isinstance(subjects, list) and all(isinstance(s, str) for s in subjects):
         if len(set(subjects)) != len(subjects) or not subjects:
             raise ValueError(f"{path}: {name}.subjects must name at least one subject, and each only once")
         subjects = tuple(subjects)
     elif isinstance(subjects, bool) or not isinstance(subjects, int) or subjects < 1:
-        raise ValueError(f"{path}: {name}.subjects must be a list of ids or a number of at least 1")
+        raise ValueError(
+            f"{path}: {name}.subjects must be ids, ids below their words, or a number of at least 1"
+        )
     if not isinstance(data["kinds"], dict):
         raise ValueError(f"{path}: {name}.kinds must be a mapping")
     kinds = {kind: _kind(path, f"{name}.kinds.{kind}", value) for kind, value in data["kinds"].items()}
-    return Split(subjects, kinds)
+    return Split(subjects, kinds, words)
+
+
+def _words(path: str | Path, name: str, subjects: Any) -> dict[str, str]:
+    """What each subject is called, of `subjects` that are listed below their words; otherwise nothing."""
+    if not isinstance(subjects, dict):
+        return {}
+    words: dict[str, str] = {}
+    for word, listed in subjects.items():
+        for subject in listed if isinstance(listed, list) else [None]:
+            if not isinstance(word, str) or not isinstance(subject, str) or subject in words:
+                raise ValueError(f"{path}: {name}.subjects.{word}: {subject!r} is no id, or comes twice")
+            words[subject] = word
+    return words
 
 
 def _kind(path: str | Path, key: str, data: Any) -> Kind:

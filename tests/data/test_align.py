@@ -6,11 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from moa.data import align
-from moa.data.align import AlignConfig, Aligner, ClipScorer, match, no_scores, one_to_one, order_equals
+from moa.data.align import (
+    AlignConfig,
+    Aligner,
+    ClipScorer,
+    SentenceSimilarity,
+    match,
+    no_scores,
+    one_to_one,
+    order_equals,
+)
 from moa.data.errors import REASONS, DataError
+from moa.data.parser import PHRASES
 from moa.data.phrases import person_phrases
 from moa.data.records import (
     CAPTION,
@@ -25,13 +37,14 @@ from moa.data.records import (
     sha256,
     write_rows,
 )
+from moa.methods import ModelSource
 
 MODEL = {"model": "m", "revision": "r", "settings": "{}"}
 
 
 @pytest.fixture
 def config(tokenizer) -> AlignConfig:
-    return AlignConfig(tokenizer, tokenizer_subfolder="", max_rejected=1.0)
+    return AlignConfig(tokenizer, tokenizer_subfolder="", phrases="lexicon", max_rejected=1.0)
 
 
 def shard(
@@ -55,7 +68,8 @@ def shard(
         segments.append(
             {"id": name, "mask": encode_mask(mask), "segments": found, "problem": problem, **MODEL}
         )
-    paths = [folder / f"{kind}.parquet" for kind in ("raw", "captions", "segments", "records", "rejected")]
+    kinds = "raw", "captions", "segments", "records", "rejected", "phrases"
+    paths = [folder / f"{kind}.parquet" for kind in kinds]
     for path, rows, schema in zip(paths, (raw, captions, segments), (RAW, CAPTION, SEGMENT), strict=False):
         write_rows(path, rows, schema)
     return paths
@@ -122,6 +136,7 @@ def test_records_are_true_to_their_inputs(config, rendered, annotated, tmp_path)
         annotated.segments,
         tmp_path / "r.parquet",
         tmp_path / "x.parquet",
+        tmp_path / "p.parquet",
     ]
     align.run(replace(config, min_area=0.0), "train", *paths)
     records, raw = read_rows(paths[3], RECORD), {row["id"]: row for row in read_rows(paths[0], RAW)}
@@ -143,6 +158,46 @@ def test_only_matched_people_stay_in_the_mask(config, tmp_path):
     paths = shard(tmp_path, [("a man", [(0, 15), (18, 19)])])
     align.run(replace(config, min_area=0.2), "train", *paths)
     assert set(np.unique(decode_mask(read_rows(paths[3], RECORD)[0]["mask"]))) == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["lexicon", "auto"])
+def test_every_photo_s_phrases_say_who_found_them(config, tmp_path, kind):
+    """Whether a record comes of it or not; and records follow the finder that was asked for."""
+    pipeline = ""
+    if kind == "auto":
+        spacy = pytest.importorskip("spacy", reason="spaCy is not installed: `pip install spacy`")
+        if not spacy.Language.has_factory("first_noun"):
+            spacy.Language.component("first_noun", func=first_noun)
+        nlp = spacy.blank("en", meta={"name": "first", "version": "7"})
+        nlp.add_pipe("first_noun")
+        nlp.to_disk(tmp_path / "pipeline")
+        pipeline = str(tmp_path / "pipeline")
+    cases = [("a man with a man's hat", [(2, 18)]), ("two men", HALVES), ("a hat", [(2, 18)]), (None, HALVES)]
+    paths = shard(tmp_path, cases)
+    align.run(replace(config, phrases=kind, spacy=pipeline), "train", *paths)
+    rows = read_rows(paths[5], PHRASES)
+    assert [row["id"] for row in rows] == ["p0", "p1", "p2", "p3"]
+    model = "lexicon" if kind == "lexicon" else "en_first"
+    assert {row["model"] for row in rows} == {model}
+    assert {row["revision"] for row in rows} == {align.finder(kind, pipeline).revision}
+    assert [row["caption"] for row in rows[:2]] == ["a man with a man's hat", "a man and a man"]
+    problems = [(row["problem"] or "").partition(":")[0] for row in rows]
+    assert problems == ["", "", "no_person_word", "empty_caption"]
+    assert [len(row["phrases"]) for row in rows] == [1, 2 if kind == "lexicon" else 1, 0, 0]
+    kept = {row["id"]: row for row in read_rows(paths[3], RECORD)}
+    assert list(kept) == (["p0", "p1"] if kind == "lexicon" else ["p0"])  # the parser named one of two
+    said = [{key: s[key] for key in ("word", "start", "end")} for s in kept["p0"]["segments"]]
+    assert said == rows[0]["phrases"] == [{"word": "man", "start": 0, "end": 5}]
+
+
+def first_noun(doc):
+    """A parser that knows one noun phrase: the first two words."""
+    for token in doc:
+        token.pos_, token.dep_, token.head = "X", "dep", doc[min(1, len(doc) - 1)]
+    doc[-1 if len(doc) < 2 else 1].pos_ = "NOUN"
+    doc[-1 if len(doc) < 2 else 1].dep_ = "ROOT"
+    doc[0].dep_ = "det" if len(doc) > 1 else "ROOT"
+    return doc
 
 
 def test_a_rotten_shard_is_an_error_that_counts_the_reasons(config, tmp_path):
@@ -222,6 +277,71 @@ def test_clip_scores_are_cosines_of_crops_and_clauses(clip, tokenizer):
     config = AlignConfig(tokenizer, "", matcher="clip", clip=clip)
     chosen = match(photo, caption, people, segments, Aligner.load(config).scorer, True)
     assert sorted(s["segment_id"] for s in chosen) == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def sentences(tokenizer, tmp_path_factory) -> ModelSource:
+    """A random sentence encoder with the miniature's tokenizer, padded at the end."""
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(tokenizer.id)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("sentences")
+    BertModel(BertConfig(vocab_size=len(words), initializer_range=0.5, **size)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return ModelSource(str(folder))
+
+
+def test_label_similarity_is_the_cosine_of_mean_states(sentences):
+    """By hand, one text at a time: padding must not count."""
+    similarity = SentenceSimilarity(sentences)
+    texts, labels = ["a man", "a smiling young woman"], ["person", "sports ball"]
+
+    def vector(text):
+        inputs = similarity.tokenizer(text, return_tensors="pt")
+        return similarity.model(**inputs).last_hidden_state[0].mean(0).detach().double().numpy()
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    expected = [[(1 + cosine(vector(t), vector(k))) / 2 for k in labels] for t in texts]
+    found = similarity(texts, [], labels)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(found) > 0.01
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_match_is_the_greedy_choice_of_clip_times_label_similarity(encoder, clip, sentences, tokenizer):
+    """Against brute force: of all pairs left the one with the largest product, until no phrase is left."""
+    config = AlignConfig(tokenizer, "", phrases="lexicon", matcher="clip", clip=clip, clip_text="phrase")
+    aligner = Aligner.load(replace(config, label_model=sentences if encoder else None))
+    caption = "a man and an old woman with a young boy"
+    people, seen = person_phrases(caption), set()
+    named = [caption[p.start : p.end] for p in people]
+    labels = ["person", "dog", "person", "person", "person"]
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        photo = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
+        segments = [
+            {"segment_id": k, "label": label, "bbox": [10 * k, k, 10 * k + 10 + seed, 30]}
+            for k, label in enumerate(labels)
+        ]
+        product = aligner.scorer(photo, named, segments) * aligner.similarity(named, people, labels)
+        pairs = {(i, j): product[i, j] for i in range(3) for j in range(5)}
+        expected = {}
+        while len(expected) < 3:
+            i, j = max(pairs, key=pairs.get)
+            expected[i] = j
+            pairs = {pair: score for pair, score in pairs.items() if pair[0] != i and pair[1] != j}
+        chosen = match(photo, caption, people, segments, aligner.scorer, False, aligner.similarity)
+        assert [s["segment_id"] for s in chosen] == [expected[i] for i in range(3)]
+        assert encoder or 1 not in expected.values(), "a dog is nobody"
+        seen.add(tuple(expected.values()))
+    assert len(seen) > 1, "the photo must matter"
+
+
+def test_a_label_model_that_is_not_there_names_its_key(config, tmp_path):
+    with pytest.raises(DataError, match=r"data\.align\.label_model: .*nowhere.*cannot be loaded"):
+        Aligner.load(replace(config, label_model=ModelSource(str(tmp_path / "nowhere"))))
 
 
 def test_the_clip_matcher_needs_a_model(tokenizer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
 
-from moa.data import caption, segment
+from moa.data import annotators, caption, segment
 from moa.data.caption import CaptionConfig, Captioner, mend
 from moa.data.errors import DataError
 from moa.data.records import (
@@ -87,8 +88,42 @@ def test_captions_are_what_plain_generation_gives(captioner, photos):
     ]
 
 
+@pytest.mark.parametrize("stage", ["caption", "segment"])
+def test_workers_change_nothing(stage, captioner, segmenter, mixed, tmp_path):
+    """Decoded and resized in processes of their own, broken photos and other sizes among them."""
+    for workers in (0, 2):
+        output = tmp_path / f"{workers}.parquet"
+        if stage == "caption":
+            config = CaptionConfig(captioner, batch_size=2, max_new_tokens=5, workers=workers)
+            caption.run(config, mixed, output)
+        else:
+            segment.run(settings(segmenter, batch_size=2, workers=workers), mixed, output)
+    assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
+
+
+def test_photos_are_decoded_and_resized_in_the_workers(captioner, rendered, tmp_path, monkeypatch):
+    """In this process only the model runs, so that a GPU need not wait."""
+    here, seen = os.getpid(), []
+
+    def prepare(images):
+        assert os.getpid() != here
+        return torch.zeros(len(images), 3, 32, 32)
+
+    def decode(image):
+        assert os.getpid() != here
+        return decode_image(image)
+
+    speak = Captioner(CaptionConfig(captioner))
+    monkeypatch.setattr(speak, "prepare", prepare)
+    monkeypatch.setattr(speak, "look", lambda pixels, sizes: seen.append(len(pixels)) or [""] * len(pixels))
+    monkeypatch.setattr(annotators, "decode_image", decode)
+    rows = read_rows(rendered.raw, RAW)
+    found, problems = annotators.annotate(speak, rows, 10, 1, "test")
+    assert (seen, list(found), problems) == ([10, 10, 4], [row["id"] for row in rows], {})
+
+
 def test_a_silent_captioner_is_quarantined(captioner, rendered, tmp_path, monkeypatch):
-    monkeypatch.setattr(Captioner, "__call__", lambda self, images: ["a man"] + [""] * (len(images) - 1))
+    monkeypatch.setattr(Captioner, "look", lambda self, pixels, sizes: ["a man"] + [""] * (len(pixels) - 1))
     caption.run(CaptionConfig(captioner, batch_size=12), rendered.raw, tmp_path / "captions.parquet")
     rows = read_rows(tmp_path / "captions.parquet", CAPTION)
     silent = [row for row in rows if row["caption"] is None]

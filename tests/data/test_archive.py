@@ -103,7 +103,7 @@ def test_other_photos_are_written_without_loss(tmp_path, annotated, tokenizer):
     """Our own records, which are PNG; and a photo that a camera turned, which their loader would not turn."""
     from moa.data import align
 
-    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet", tmp_path / "phrases.parquet"
     align.run(
         AlignConfig(tokenizer, ""), "train", annotated.raw, annotated.captions, annotated.segments, *paths
     )

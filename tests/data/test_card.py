@@ -12,14 +12,15 @@ from moa.data import align, card
 from moa.data.align import AlignConfig
 from moa.data.card import CardConfig
 from moa.data.errors import DataError
+from moa.data.parser import PHRASES, Lexicon
 from moa.data.records import RECORD, REJECTED, decode_mask, read_rows, write_rows
 
 
 @pytest.fixture
 def shards(annotated, tokenizer, tmp_path):
     """A shard in which photos with small people were rejected."""
-    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
-    config = AlignConfig(tokenizer, "", min_area=0.25, max_rejected=1.0)
+    paths = tmp_path / "records.parquet", tmp_path / "rejected.parquet", tmp_path / "phrases.parquet"
+    config = AlignConfig(tokenizer, "", phrases="lexicon", min_area=0.25, max_rejected=1.0)
     align.run(config, "train", annotated.raw, annotated.captions, annotated.segments, *paths)
     assert read_rows(paths[1], REJECTED)
     return paths
@@ -37,8 +38,15 @@ def test_every_photo_is_in_the_account(shards, tmp_path):
     assert sum(found["subject_words"].values()) == sum(found["subject_area"].values()) == len(subjects)
     assert sum(found["caption_words"].values()) == sum(found["subjects_per_photo"].values()) == len(records)
     assert found["splits"] == {"train": len(records)}
+    assert found["models"] == {"truth @ 0": 2 * len(records)}
     assert "count_mismatch: caption and segments disagree" in (tmp_path / "c.md").read_text()
     assert Image.open(tmp_path / "s.png").size[0] == 3 * (2 * 160 + 8)
+
+
+def test_who_found_the_phrases_is_in_the_card(shards):
+    rows = read_rows(shards[2], PHRASES)
+    found = card.describe(read_rows(shards[0], RECORD), read_rows(shards[1], REJECTED), phrases=rows)
+    assert found["models"][f"lexicon @ {Lexicon().revision}"] == len(rows) == 24
 
 
 def test_areas_are_shares_of_the_photo(shards):

@@ -9,6 +9,7 @@ import pytest
 
 from moa.data import records
 from moa.data.errors import REASONS
+from moa.data.parser import PHRASES
 from moa.data.sources import lock
 from moa.data.sources.reasons import QUARANTINED
 from moa.evaluation import measures, preserved, samples
@@ -38,6 +39,10 @@ def test_the_index_and_the_reasons_for_quarantine_are_explained():
     assert all(
         f"| `{reason}` | {meaning} |" in SECTIONS["quarantined"] for reason, meaning in QUARANTINED.items()
     )
+
+
+def test_phrases_are_explained():
+    assert documented("phrases") == PHRASES.names
 
 
 def test_samples_are_explained():

@@ -27,7 +27,8 @@ def paper():
 
 
 def celebrities() -> list[Person]:
-    names = yaml.safe_load(PAPER.read_text())["test"]["subjects"]
+    listed = yaml.safe_load(PAPER.read_text())["test"]["subjects"]
+    names = [*listed["man"], *listed["woman"]]
     return [Person(name, "man" if n < 6 else "woman") for n, name in enumerate(names)]
 
 
@@ -128,6 +129,9 @@ def test_ring_shows_everyone_equally_often():
         (lambda d: d["test"].pop("kinds"), r"missing key test\.kinds"),
         (lambda d: d["test"].update(subjects=0), r"test\.subjects"),
         (lambda d: d["test"].update(subjects=["a", "a"]), r"test\.subjects"),
+        (lambda d: d["test"].update(subjects={"man": ["a"], "woman": ["a"]}), r"test\.subjects\.woman: 'a'"),
+        (lambda d: d["test"].update(subjects={"man": "a"}), r"test\.subjects\.man: None"),
+        (lambda d: d["test"].update(subjects={}), r"test\.subjects"),
         (lambda d: d["test"]["kinds"]["single"].update(images="4"), r"kinds\.single\.images"),
         (lambda d: d["test"]["kinds"]["single"].update(seed="random"), r"kinds\.single\.seed"),
         (lambda d: d["test"]["kinds"]["single"].update(prompts={"a": ["no place"]}), "every prompt of"),

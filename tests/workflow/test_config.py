@@ -52,7 +52,7 @@ def test_every_stage_loads_its_settings(name: str) -> None:
     for stage, entry in STAGES.items():
         kind = settings_class(entry) if entry.section else None
         only_miniature = entry.section in ("render", "gates") or entry.section.startswith("pretrain")
-        only_paper = entry.section in ("data.photos", "data.quarantine")
+        only_paper = entry.section.startswith(("data.photos", "data.quarantine", "data.subjects"))
         if kind is None or (only_miniature if name == "paper" else only_paper):
             continue
         models = config["pretrain"] if "{model}" in entry.section else [""]

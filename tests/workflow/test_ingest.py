@@ -13,6 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from moa.data.held_out import HeldOutConfig
+from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import SUFFIXES, shard_of
 from moa.data.sources.reasons import QUARANTINED
@@ -93,6 +95,25 @@ def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, proj
 
 
 @pytest.mark.slow
+def test_another_photo_of_a_test_subject_is_looked_at(snakemake: Run, project: Path) -> None:
+    """Offline, of a folder; whether it is the locked one is said by the stage."""
+    listed = yaml.safe_load((ROOT / PAPER["protocol"]).read_text())["test"]["subjects"]
+    for number, subject in enumerate([*listed["man"], *listed["woman"]]):
+        (project / "data/celeba" / subject).parent.mkdir(parents=True)
+        Image.new("RGB", (178, 218), (number, 0, 0)).save(project / f"data/celeba/{subject}.jpg")
+    target = "results/paper/subjects/test.parquet"
+    done = snakemake(target, "--cores", "1", config=PAPER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len((project / "data/celeba.sha256").read_text().splitlines()) == 16
+    again = snakemake(target, "--dry-run", config=PAPER)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    Image.new("RGB", (178, 218), "red").save(project / f"data/celeba/{listed['man'][0]}.jpg")
+    again = snakemake(target, "--dry-run", config=PAPER)
+    assert jobs(again.stdout + again.stderr) == {"celeba_subjects": "1"}
+
+
+@pytest.mark.slow
 def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
     config = settings() | {"source": "fastcomposer"}
     done = snakemake("results/paper/data/card.md", "--dry-run", config=config)
@@ -101,8 +122,30 @@ def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
     assert jobs(done.stdout) == counts
 
 
+@pytest.mark.slow
+def test_captions_and_masks_are_one_job_a_shard(snakemake: Run) -> None:
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=settings())
+    counted = jobs(done.stdout)
+    assert {rule: counted[rule] for rule in ("photos", "caption", "segment", "align")} == {
+        "photos": "3", "caption": "3", "segment": "3", "align": "3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["caption", "segment"])
+def test_captions_and_masks_ask_for_a_gpu(rule: str) -> None:
+    """A cluster's scheduler must know."""
+    text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
+    [block] = re.findall(rf"^rule {rule}:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=GPU,", block)
+
+
 def test_the_page_names_every_key_source_and_reason() -> None:
-    for setting in (*fields(PhotosConfig), *fields(QuarantineConfig)):
+    for setting in (
+        *fields(PhotosConfig),
+        *fields(QuarantineConfig),
+        *fields(SubjectsConfig),
+        *fields(HeldOutConfig),
+    ):
         assert re.search(rf"`(?:\w+\.)*{setting.name}`", PAGE), setting.name
     assert [kind for kind in (*KINDS, "shards") if f"| `{kind}` |" not in PAGE] == []
     assert [reason for reason in QUARANTINED if f"`{reason}`" not in PAGE] == []

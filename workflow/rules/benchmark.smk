@@ -1,6 +1,7 @@
 # What things cost. `snakemake benchmark`: a pass of Stable Diffusion 1.5's U-Net and a training step, on random weights,
 # for time and memory do not depend on them; nothing of the main job is read or made. `snakemake sparse`: what sparse
-# experts save and change of the images of the main job's adapter, on validation subjects.
+# experts save and change of the images of the main job's adapter, on validation subjects. `snakemake benchmark_data`:
+# captions and masks in batches against one photo at a time, and of more and more photos.
 
 
 rule benchmark:
@@ -21,6 +22,26 @@ rule benchmark:
         "Measuring U-Net passes and training steps; `tail -f {log}` shows how far it is"
     shell:
         "python -m moa benchmark-unet --config {params.config:q} --output {output} > {log} 2>&1"
+
+
+rule benchmark_data:
+    output:
+        "results/benchmark/data.csv",
+    log:
+        "results/benchmark/logs/data.log",
+    conda:
+        "../../envs/models.yaml"
+    threads: 2
+    resources:
+        mem_mb=6000,
+        gpu=GPU,
+    params:
+        config=settings("benchmark-data"),
+        code=code("benchmark-data"),
+    message:
+        "Measuring captions and masks; `tail -f {log}` shows how far it is"
+    shell:
+        "python -m moa benchmark-data --config {params.config:q} --output {output} > {log} 2>&1"
 
 
 rule sparse:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from moa import stages
 from moa.config import load, resolve
-from moa.data.sources import listing
+from moa.data.sources import celeba, listing
+from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS as PHOTO_SOURCES, PhotosConfig
 from moa.hashing import code_hash
 from moa.trained import TRAINED
@@ -57,6 +58,17 @@ def stamp(wildcards):
     counts = {split: stages.shards(CONFIG, split) for split in ("train", "validation")}
     shard = (wildcards.split, int(wildcards.shard)) if "shard" in wildcards.keys() else ()
     return listing.stamp(source, counts, *shard)
+
+
+def subjects_stamp(wildcards):
+    """What changes when the photo of a test subject does."""
+    chosen = load(SubjectsConfig, stages.settings("celeba-subjects", CONFIG), "data.subjects.test")
+    return celeba.stamp(stages.subjects(CONFIG), chosen)
+
+
+def workers(stage):
+    """Threads of a stage that looks at photos: one for the model, and those that decode and resize ahead of it."""
+    return 1 + CONFIG["data"].get(stage, {}).get("workers", 0)
 
 
 def results(wildcards):

@@ -2,6 +2,10 @@
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
 TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
 QUARANTINED = shards("quarantined", "train") + shards("quarantined", "validation") if TAKEN_IN else []
+# The archive brings its own phrases.
+NAMED = (
+    shards("phrases", "train") + shards("phrases", "validation") if CONFIG["source"] != "fastcomposer" else []
+)
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 
 
@@ -50,19 +54,68 @@ if CONFIG["source"] == "miniature":
             "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
             " --output {output} > {log} 2>&1"
 
+elif "subjects" in CONFIG["data"]:
+
+    rule celeba_subjects:
+        input:
+            protocol=CONFIG["protocol"],
+        output:
+            f"{OUT}/subjects/test.parquet",
+        log:
+            f"{OUT}/logs/celeba_subjects.log",
+        benchmark:
+            f"{OUT}/benchmarks/celeba_subjects.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=1000,
+        params:
+            config=settings("celeba-subjects"),
+            code=code("celeba-subjects"),
+            files=subjects_stamp,
+        message:
+            "Taking in the protocol's test subjects"
+        shell:
+            "python -m moa celeba-subjects --config {params.config:q} --protocol {input.protocol} --output {output}"
+            " > {log} 2>&1"
+
+    rule held_out_subjects:
+        input:
+            shards("records", "validation"),
+        output:
+            f"{OUT}/subjects/validation.parquet",
+        log:
+            f"{OUT}/logs/held_out_subjects.log",
+        benchmark:
+            f"{OUT}/benchmarks/held_out_subjects.tsv"
+        conda:
+            "../../envs/models.yaml"
+        threads: 1
+        resources:
+            mem_mb=4000,
+        params:
+            config=settings("held-out-subjects"),
+            code=code("held-out-subjects"),
+        message:
+            "Choosing validation subjects among the held-out photos"
+        shell:
+            "python -m moa held-out-subjects --config {params.config:q} --records {input} --output {output}"
+            " > {log} 2>&1"
+
 else:
 
-    rule subject_photos:
+    rule subjects_by_hand:
         output:
             f"{OUT}/subjects/{{split}}.parquet",
         log:
-            f"{OUT}/logs/subject_photos/{{split}}.log",
+            f"{OUT}/logs/subjects_by_hand/{{split}}.log",
         conda:
             "../../envs/models.yaml"
         message:
-            "{output}: no rule fetches photographs yet. Write this file yourself; docs/schemas.md has its columns."
+            "{output}: without the key data.subjects you write it; docs/schemas.md has its columns."
         shell:
-            "echo 'No rule makes {output}: write it yourself; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
+            "echo 'Without the key data.subjects you write {output}; docs/schemas.md has its columns.' 2>&1 | tee {log}; exit 1"
 
 
 if CONFIG["source"] == "shards":
@@ -179,7 +232,7 @@ rule caption:
         f"{OUT}/benchmarks/caption/{{split}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 1
+    threads: workers("caption")
     resources:
         mem_mb=2000,
         gpu=GPU,
@@ -205,7 +258,7 @@ rule segment:
         f"{OUT}/benchmarks/segment/{{split}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 1
+    threads: workers("segment")
     resources:
         mem_mb=2000,
         gpu=GPU,
@@ -227,6 +280,7 @@ rule align:
     output:
         records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
         rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+        phrases=f"{OUT}/data/phrases/{{split}}-{{shard}}.parquet",
     log:
         f"{OUT}/logs/align/{{split}}-{{shard}}.log",
     benchmark:
@@ -244,7 +298,7 @@ rule align:
     shell:
         "python -m moa align --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
         " --captions {input.captions} --segments {input.segments}"
-        " --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+        " --records {output.records} --rejected {output.rejected} --phrases {output.phrases} > {log} 2>&1"
 
 
 if CONFIG["source"] == "fastcomposer":
@@ -286,6 +340,7 @@ rule data_card:
         rejected=shards("rejected", "train") + shards("rejected", "validation"),
         quarantined=QUARANTINED,
         passed=[f"{OUT}/data/quarantine.passed"] if QUARANTINED else [],
+        phrases=NAMED,
     output:
         json=f"{OUT}/data/card.json",
         markdown=report(f"{OUT}/data/card.md", category="Data", caption="../report/data.rst"),
@@ -303,11 +358,13 @@ rule data_card:
         config=settings("card"),
         code=code("card"),
         quarantined=option("--quarantined", QUARANTINED),
+        phrases=option("--phrases", NAMED),
     message:
         "Describing the training data"
     shell:
         "python -m moa card --config {params.config:q} --records {input.records} --rejected {input.rejected}"
-        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined} > {log} 2>&1"
+        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined}"
+        " {params.phrases} > {log} 2>&1"
 
 
 rule annotation_errors:

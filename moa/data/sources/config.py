@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 KINDS = ("folder", "tar", "dataset", "fastcomposer")
 LARGEST = 89_478_485  # pixels; Pillow warns of a decompression bomb above
@@ -13,6 +13,9 @@ LARGEST = 89_478_485  # pixels; Pillow warns of a decompression bomb above
 @dataclass(frozen=True)
 class PhotosConfig:
     """Which photos, what they are called, who is held out, and what is put aside."""
+
+    key: ClassVar[str] = "data.photos"  # where messages say that these settings stand
+    stage: ClassVar[str] = "lock-photos"  # the stage that keeps the lock
 
     source: Literal["folder", "tar", "dataset", "fastcomposer"]  # the configuration's key `source`
     path: str  # folder of the photos, tars or archive; of `dataset` a folder or a name on the hub

@@ -35,22 +35,22 @@ def commit(config: PhotosConfig, locked: str, before: str) -> str:
         return ""
     if locked and wanted not in (locked, before):
         raise DataError(
-            f"data.photos.revision is {wanted}, but {config.lock} was made from {locked} ({before}); put the "
-            "old one back, or run `python -m moa lock-photos --accept`"
+            f"{config.key}.revision is {wanted}, but {config.lock} was made from {locked} ({before}); put "
+            f"the old one back, or run `python -m moa {config.stage} --accept`"
         )
-    return locked or (wanted if re.fullmatch("[0-9a-f]{40}", wanted) else _ask(config.path, wanted))
+    return locked or (wanted if re.fullmatch("[0-9a-f]{40}", wanted) else _ask(config, wanted))
 
 
-def _ask(name: str, revision: str) -> str:
+def _ask(config: PhotosConfig, revision: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return str(HfApi().dataset_info(name, revision=revision).sha)
+        return str(HfApi().dataset_info(config.path, revision=revision).sha)
     except Exception as error:  # offline, unknown, gated: each raises its own
         raise DataError(
-            f"data.photos: {name!r} is no folder, and the hub does not say which commit {revision!r} "
+            f"{config.key}: {config.path!r} is no folder, and the hub does not say which commit {revision!r} "
             f"is ({type(error).__name__}: {error}); correct the path, go online once, or write the commit "
-            "as data.photos.revision"
+            f"as {config.key}.revision"
         ) from error
 
 
@@ -67,15 +67,15 @@ def load(config: PhotosConfig, revision: str) -> Any:
             loaded = datasets.load_dataset(config.path, split=config.dataset_split, revision=revision or None)
     except Exception as error:  # the library raises anything
         raise DataError(
-            f"data.photos: {config.path!r}, split {config.dataset_split!r}, cannot be loaded "
+            f"{config.key}: {config.path!r}, split {config.dataset_split!r}, cannot be loaded "
             f"({type(error).__name__}: {error}); correct path, revision or dataset_split"
         ) from error
     for key in ("image_column", "id_column"):
         column = getattr(config, key)
         if column and column not in loaded.column_names:
-            raise DataError(f"data.photos.{key}: there is no {column!r} among {loaded.column_names}")
+            raise DataError(f"{config.key}.{key}: there is no {column!r} among {loaded.column_names}")
     if not isinstance(loaded.features[config.image_column], datasets.Image):
-        raise DataError(f"data.photos.image_column: {config.image_column!r} holds no images")
+        raise DataError(f"{config.key}.image_column: {config.image_column!r} holds no images")
     used = loaded.select_columns([c for c in (config.image_column, config.id_column) if c])
     return used.cast_column(config.image_column, datasets.Image(decode=False))
 

@@ -163,7 +163,7 @@ def compare(config: PhotosConfig, locked: Mapping[str, str], hashes: Mapping[str
         parts = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names]
         raise DataError(
             f"{config.path} is not what {config.lock} says: {'; '.join(parts)}. Put the old files back, or, "
-            "if the change is meant, run `python -m moa lock-photos --accept` (docs/data.md)"
+            f"if the change is meant, run `python -m moa {config.stage} --accept` (docs/data.md)"
         )
 
 
