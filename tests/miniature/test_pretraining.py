@@ -525,8 +525,8 @@ def test_cards_tell_recipe_and_gates(shipped, data):
         for part in parts:
             budget = small(part).budget
             assert re.search(rf"\*\*{part}\*\*: [\d,]+ parameters; 3 steps of 4 pictures", text)
-            name = {"adamw": ", AdamW", "muon": ", Muon and AdamW"}[budget.optimizer]
-            assert f"{name} at {budget.lr:g} (cosine), weight decay {budget.weight_decay:g}" in text
+            optimizer = {"adamw": ", AdamW", "muon": ", Muon and AdamW"}[budget.optimizer]
+            assert f"{optimizer} at {budget.lr:g} (cosine), weight decay {budget.weight_decay:g}" in text
             assert f"EMA {budget.ema:g}, seed {budget.seed}" in text
             log = f"{part}-log.csv" if name == "prior" else "log.csv"
             assert f"`{log}`" in text and (shipped / name / log).exists()
