@@ -130,6 +130,13 @@ STAGES: dict[str, Stage] = {
     "export-fastcomposer": Stage(
         "moa.convert:run_export", "write FastComposer's own checkpoint", "train.fastcomposer", PRIOR | DEVICE
     ),
+    "train-textual_inversion": Stage(
+        "moa.baselines.textual_inversion:run",
+        "learn a word for each subject of a shard",
+        "train.textual_inversion",
+        {"prior": "models.prior"} | DEVICE,
+    ),
+    "join-textual_inversion": Stage("moa.baselines.textual_inversion:join", "join shards of learned words"),
     "plan": Stage("moa.evaluation.plan:run", "write down what the protocol asks for"),
     "generate": Stage(
         "moa.generation:generate_one",
@@ -155,10 +162,20 @@ STAGES: dict[str, Stage] = {
     ),
     "router-table": Stage("moa.evaluation.maps:tabulate", "tabulate what the router did"),
     "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
-    "compare-swaps": Stage("moa.evaluation.score:compare_swaps", "measure the context kept under a swap"),
-    "compare-prior": Stage("moa.evaluation.preserved:compare", "measure what is left of the prior's images"),
+    "compare-swaps": Stage(
+        "moa.evaluation.score:compare_swaps", "measure the context kept under a swap", "models.lpips", DEVICE
+    ),
+    "compare-prior": Stage(
+        "moa.evaluation.preserved:compare",
+        "measure what is left of the prior's images",
+        "models.lpips",
+        DEVICE,
+    ),
     "compare-methods": Stage(
-        "moa.evaluation.shared:compare", "measure the context that two methods keep over the same pixels"
+        "moa.evaluation.shared:compare",
+        "measure the context that two methods keep over the same pixels",
+        "models.lpips",
+        DEVICE,
     ),
     "look-at-references": Stage(
         "moa.evaluation.references:look", "look at the subjects' photos", "evaluate.score", JUDGES | DEVICE

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TRAINED = {"moa": "moa", "moa_wrong_subject": "moa", "fastcomposer": "fastcomposer"}  # method: training
+TRAINED = {  # method: training
+    "moa": "moa",
+    "moa_wrong_subject": "moa",
+    "fastcomposer": "fastcomposer",
+    "textual_inversion": "textual_inversion",
+}
+# Trainings that see the photo of each subject of the protocol, and no records.
+PER_SUBJECT = frozenset({"textual_inversion"})
 
 
 def trained_folder(results: Path, method: str) -> Path | None:

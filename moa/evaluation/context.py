@@ -1,4 +1,4 @@
-"""Context kept while the subject is swapped: PSNR and SSIM outside both subjects, same seed and prompt.
+"""Context kept while the subject is swapped: PSNR, SSIM, LPIPS outside both subjects, same seed and prompt.
 
 Generated images have no true mask, so the segmenter's is taken: the union of the persons of both images,
 dilated.
@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from moa.evaluation.perceptual import Perceptual
+
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
@@ -29,6 +31,7 @@ class Kept:
 
     psnr: float  # dB, at most 58.9 (two equal images)
     ssim: float  # -1..1
+    lpips: float | None  # 0 = equal; None where its weights are not there
     outside: float  # fraction of the pixels that were compared
 
 
@@ -62,13 +65,14 @@ def ssim_map(one: Pixels, other: Pixels) -> NDArray[np.float64]:
     return similarity.mean(axis=2)
 
 
-def kept(one: Pixels, other: Pixels, subjects: Mask) -> Kept | None:
+def kept(one: Pixels, other: Pixels, subjects: Mask, lpips: Perceptual | None = None) -> Kept | None:
     """Compare two images outside `subjects` [H, W]; None if less than `LEAST_OUTSIDE` of it is left."""
     outside = ~subjects
     if outside.mean() < LEAST_OUTSIDE:
         return None
     similarity = float(ssim_map(one, other)[outside].mean())
-    return Kept(psnr(one, other, outside), similarity, float(outside.mean()))
+    distance = None if lpips is None else float(lpips(one, other)[outside].mean())
+    return Kept(psnr(one, other, outside), similarity, distance, float(outside.mean()))
 
 
 def swaps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -239,13 +239,13 @@ class AutoEmbedder:
         return unit(self.model(pixel_values=pixels.to(self.device)).pooler_output.flatten(1).cpu().numpy())
 
 
-def verify(file: str | Path, sha256: str | None) -> None:
-    """Check a weights file against its SHA-256; the errors say what to do."""
+def verify(file: str | Path, sha256: str | None, key: str = "models.identity", name: str = "id") -> None:
+    """Check a weights file against its SHA-256; the errors say what to do, and with which key."""
     if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} is missing; fetch the weights first, or correct models.identity.id")
+        raise FileNotFoundError(f"{file} is missing; fetch the weights first, or correct {key}.{name}")
     actual = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     if sha256 is None:
-        raise ValueError(f"models.identity.sha256 is not set; if you trust {file}, set it to {actual}")
+        raise ValueError(f"{key}.sha256 is not set; if you trust {file}, set it to {actual}")
     if actual != sha256.lower():
         raise ValueError(f"{file} has SHA-256 {actual}, not {sha256}; delete it and fetch it again")
 

@@ -181,9 +181,9 @@ def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
 
 
 def of_kept(rows: Rows) -> Iterator[Row]:
-    """swap_psnr and swap_ssim, from `KEPT` rows."""
+    """swap_psnr, swap_ssim and swap_lpips, from `KEPT` rows."""
     for row in rows:
-        for metric in ("psnr", "ssim"):
+        for metric in ("psnr", "ssim", "lpips"):
             unit = unit_of(row, row["other"])
             yield from measure_row(row, f"swap_{metric}", row[metric], unit=unit, members=row["members"])
 
@@ -191,7 +191,7 @@ def of_kept(rows: Rows) -> Iterator[Row]:
 def of_preserved(rows: Rows) -> Iterator[Row]:
     """prior_*, and seed_* = prior_* less the same against other noise, from `PRESERVED` rows."""
     for row in rows:
-        for metric in ("psnr", "ssim", "layout"):
+        for metric in ("psnr", "ssim", "lpips", "layout"):
             same, noise = row[metric], row[f"noise_{metric}"]
             yield from measure_row(row, f"prior_{metric}", same)
             if same is not None and noise is not None:

@@ -1,8 +1,8 @@
 """The `compare-prior` stage: what of the prior's image is still there once a subject is put in.
 
 Every image is compared with the prior's for the same request, hence the same noise, and, as a floor, with
-the prior's for the same prompt and other noise. PSNR and SSIM look outside everyone who was found in either
-image, as under a swap; the layout is compared by intersection over union of the persons' masks.
+the prior's for the same prompt and other noise. PSNR, SSIM and LPIPS look outside everyone who was found in
+either image, as under a swap; the layout is compared by intersection over union of the persons' masks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features
+from moa.evaluation.perceptual import NO_LPIPS, Perceptual, PerceptualConfig, load_perceptual
 from moa.evaluation.samples import Row
 
 Mask = NDArray[np.bool_]
 
 _SAME = ("method", "train_seed", "split", "kind", "subject", "subjects", "prompt_id", "prompt_group", "index")
-_LIKENESS = ("psnr", "ssim", "layout")
+_LIKENESS = ("psnr", "ssim", "lpips", "layout")
 PRESERVED = pa.schema(
     [
         *(samples.SAMPLE.field(name) for name in _SAME),
@@ -33,7 +34,7 @@ PRESERVED = pa.schema(
         *(pa.field(f"noise_{name}", pa.float64()) for name in _LIKENESS),  # and of other noise
         pa.field("noise_subjects", pa.list_(pa.string())),  # whose request has that noise; null if none has
     ],
-    metadata={"moa_schema": "preserved/2"},
+    metadata={"moa_schema": "preserved/3"},
 )
 
 
@@ -52,14 +53,17 @@ def layout(one: Mask, other: Mask) -> float | None:
     return float((one & other).sum() / (one | other).sum())
 
 
-def likeness(one: View, other: View, dilation: float) -> dict[str, float | None]:
-    """PSNR and SSIM outside the dilated persons of both images, and the layout; None where unknown."""
+def likeness(
+    one: View, other: View, dilation: float, lpips: Perceptual | None = None
+) -> dict[str, float | None]:
+    """PSNR, SSIM and LPIPS outside the dilated persons of both images, and the layout; None where unknown."""
     found = one.persons.any() and other.persons.any()
     mask = context.dilate(one.persons | other.persons, dilation)
-    kept = context.kept(one.pixels, other.pixels, mask) if found else None
+    kept = context.kept(one.pixels, other.pixels, mask, lpips) if found else None
     return {
         "psnr": kept.psnr if kept else None,
         "ssim": kept.ssim if kept else None,
+        "lpips": kept.lpips if kept else None,
         "layout": layout(one.persons, other.persons),
     }
 
@@ -92,6 +96,7 @@ def compare(
     output: str | Path,
     dilation: float = 0.05,
     prior_results: str | Path | None = None,
+    lpips: PerceptualConfig = NO_LPIPS,
 ) -> None:
     """Write `PRESERVED` rows, one for each image whose request the prior carried out too.
 
@@ -104,6 +109,7 @@ def compare(
         output: parquet file to write.
         dilation: how far a person's mask is grown, as a fraction of the image's side.
         prior_results: the folder that the paths of the prior's rows start from, if it is another.
+        lpips: where its weights are.
 
     Raises:
         DataError: a broken or missing image, or a request with other noise than the prior's.
@@ -112,6 +118,7 @@ def compare(
     found: dict[str, Features] = {**features.read(prior_seen), **features.read(seen)}
     same, other = {request_of(row): row for row in base}, other_noise(base)
     _check_noise(rows, same)
+    perceptual = load_perceptual(lpips)
 
     def view(row: Row, root: str | Path = results if prior_results is None else prior_results) -> View:
         pixels = np.asarray(samples.open_image(Path(root) / row["path"])[0])
@@ -123,10 +130,12 @@ def compare(
         if key not in same:
             continue
         own = view(row, results)
-        noise = likeness(own, view(other[key]), dilation) if key in other else dict.fromkeys(_LIKENESS)
+        noise: dict[str, float | None] = dict.fromkeys(_LIKENESS)
+        if key in other:
+            noise = likeness(own, view(other[key]), dilation, perceptual)
         preserved.append(
             {name: row[name] for name in _SAME}
-            | likeness(own, view(same[key]), dilation)
+            | likeness(own, view(same[key]), dilation, perceptual)
             | {f"noise_{name}": value for name, value in noise.items()}
             | {"noise_subjects": other[key]["subjects"] if key in other else None}
         )

@@ -63,19 +63,22 @@ _KEPT: dict[str, pa.DataType] = {
     "members": pa.list_(pa.string()),  # everyone in either image
     "psnr": pa.float64(),  # dB; null where somebody was not found, or too little is left to compare
     "ssim": pa.float64(),
+    "lpips": pa.float64(),  # null also where the configuration names no weights of it
     "outside": pa.float64(),  # fraction of the pixels outside everyone who was found
 }  # of two images that differ in their subjects only
 
 
-def _schema(name: str, columns: Mapping[str, pa.DataType], optional: Sequence[str] = ()) -> pa.Schema:
+def _schema(
+    name: str, columns: Mapping[str, pa.DataType], optional: Sequence[str] = (), version: int = 1
+) -> pa.Schema:
     fields = [pa.field(column, kind, nullable=column in optional) for column, kind in columns.items()]
-    return pa.schema(fields, metadata={"moa_schema": f"{name}/1"})
+    return pa.schema(fields, metadata={"moa_schema": f"{name}/{version}"})
 
 
 REQUEST = _schema("request", _REQUEST)
 MADE = _schema("made", _MADE, optional=("train_seed",))
 SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",))
-KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim"))
+KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim", "lpips"), version=2)
 
 
 def sort_key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from moa.data.subjects import read_subjects
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
+from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
 from moa.evaluation.samples import KEPT, MADE, SAMPLE, Row
 
 
@@ -97,6 +98,7 @@ def compare_swaps(
     results: str | Path,
     output: str | Path,
     dilation: float = 0.05,
+    lpips: PerceptualConfig = NO_LPIPS,
 ) -> None:
     """Write `KEPT` rows: context kept between images of the same prompt and noise with different subjects.
 
@@ -109,14 +111,17 @@ def compare_swaps(
         results: the folder that the rows' paths start from.
         output: parquet file to write.
         dilation: how far a subject's mask is grown, as a fraction of the image's side.
+        lpips: where its weights are.
     """
     rows, found = samples.read(made, SAMPLE), features.read(seen)
+    perceptual = load_perceptual(lpips)
     kept = []
     for one, other in context.swaps(rows):
         pixels = [np.asarray(samples.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
         persons = [found[row["path"]].persons for row in (one, other)]
         mask = context.dilate(persons[0] | persons[1], dilation)
-        alike = context.kept(pixels[0], pixels[1], mask) if all(p.any() for p in persons) else None
+        somebody = all(p.any() for p in persons)
+        alike = context.kept(pixels[0], pixels[1], mask, perceptual) if somebody else None
         kept.append(_kept_row(one, other, alike, float(1 - mask.mean())))
     kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
     write_rows(output, kept, KEPT)
@@ -132,5 +137,6 @@ def _kept_row(
         "members": sorted({*one["subjects"], *other["subjects"]}),
         "psnr": alike.psnr if alike else None,
         "ssim": alike.ssim if alike else None,
+        "lpips": alike.lpips if alike else None,
         "outside": outside,
     }

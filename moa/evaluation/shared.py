@@ -16,6 +16,7 @@ from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features
 from moa.evaluation.measures import MEASURE, measure_row, unit_of
+from moa.evaluation.perceptual import NO_LPIPS, Perceptual, PerceptualConfig, load_perceptual
 from moa.evaluation.preserved import request_of
 from moa.evaluation.samples import Row
 
@@ -30,6 +31,7 @@ def compare(
     prior: Sequence[str | Path] = (),
     prior_seen: Sequence[str | Path] = (),
     dilation: float = 0.05,
+    lpips: PerceptualConfig = NO_LPIPS,
 ) -> None:
     """Write `MEASURE` rows: swap_*_shared and prior_*_shared of what all the methods made.
 
@@ -41,16 +43,18 @@ def compare(
         prior: `SAMPLE` rows of the prior, if there is one.
         prior_seen: their features.
         dilation: how far a person's mask is grown, as a fraction of the image's side.
+        lpips: where its weights are.
 
     Raises:
         DataError: a broken or missing image or file.
     """
     rows, base = samples.read(made), samples.read(prior) if prior else []
     found = features.read([*seen, *prior_seen])
+    perceptual = load_perceptual(lpips)
     values = [
         value
         for metric, pairs in comparisons(rows, base)
-        for value in alike(metric, pairs, found, Path(results), dilation)
+        for value in alike(metric, pairs, found, Path(results), dilation, perceptual)
     ]
     values.sort(key=lambda row: tuple(str(row[name]) for name in MEASURE.names))
     write_rows(output, values, MEASURE)
@@ -71,9 +75,14 @@ def comparisons(rows: Sequence[Row], base: Sequence[Row]) -> Iterator[tuple[str,
 
 
 def alike(
-    metric: str, pairs: Pairs, found: Mapping[str, Features], results: Path, dilation: float
+    metric: str,
+    pairs: Pairs,
+    found: Mapping[str, Features],
+    results: Path,
+    dilation: float,
+    lpips: Perceptual | None = None,
 ) -> Iterable[Row]:
-    """PSNR and SSIM of each pair outside the people of all, as `MEASURE` rows.
+    """PSNR, SSIM and LPIPS of each pair outside the people of all, as `MEASURE` rows.
 
     There are none if nobody was found in one of the images, or if too little is left to compare.
     """
@@ -82,13 +91,14 @@ def alike(
         return
     mask = context.dilate(np.logical_or.reduce(persons), dilation)
     for one, other in pairs:
-        kept = context.kept(_pixels(results / one["path"]), _pixels(results / other["path"]), mask)
+        kept = context.kept(_pixels(results / one["path"]), _pixels(results / other["path"]), mask, lpips)
         if kept is None:
             return
         more = (other["subject"],) if metric == "swap" else ()
         about = {"unit": unit_of(one, *more), "members": sorted({*one["subjects"], *other["subjects"]})}
         yield from measure_row(one, f"{metric}_psnr_shared", kept.psnr, **about)
         yield from measure_row(one, f"{metric}_ssim_shared", kept.ssim, **about)
+        yield from measure_row(one, f"{metric}_lpips_shared", kept.lpips, **about)
 
 
 @lru_cache(maxsize=256)

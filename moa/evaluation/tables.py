@@ -28,6 +28,8 @@ from moa.files import write_atomically
 
 ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
 MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
+KEPT_METRICS = ("psnr", "ssim", "lpips", "outside")
+NO_VALUE = "not measured"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -237,7 +239,7 @@ def details(rows: Rows, kind: str, group: str) -> Table:
 
 
 def kept_context(rows: Rows) -> Table:
-    """PSNR and SSIM outside the subjects by method, and the paired differences between methods.
+    """PSNR, SSIM and LPIPS outside the subjects by method, and the paired differences between methods.
 
     Pairs without values are counted as left out, also where they are all that a method has.
     """
@@ -249,14 +251,16 @@ def kept_context(rows: Rows) -> Table:
         if own:
             groups[method] = own
             members = [r["members"] for r in own]
-            for metric in ("psnr", "ssim", "outside"):
-                row |= limits(metric, interval([r[metric] for r in own], members))
+            for metric in KEPT_METRICS:
+                values = [r[metric] for r in own]
+                row |= limits(metric, interval(values, members)) if None not in values else {metric: NO_VALUE}
         table.append(row)
     for reference, method in combinations(groups, 2):
         table.append(_context_difference(groups[method], groups[reference], method, reference))
-    bounds = [f"{m}{side}" for m in ("psnr", "ssim", "outside") for side in ("", "_low", "_high")]
+    bounds = [f"{m}{side}" for m in KEPT_METRICS for side in ("", "_low", "_high")]
     notes = (
-        "PSNR in dB, SSIM, and the fraction of pixels compared, outside the dilated subjects of both images.",
+        "PSNR in dB, SSIM, LPIPS (measured where models.lpips names its weights), and the fraction of pixels "
+        "compared, outside the dilated subjects of both images.",
         "Left out: pairs with an image in which nobody was found, or with too little outside the subjects.",
     )
     return Table(("method", "minus", "pairs", "left_out", *bounds), table, notes)
@@ -273,7 +277,10 @@ def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> 
 
     members = {(r["subject"], r["other"], r["prompt_id"], r["index"]): r["members"] for r in own}
     row: dict[str, Any] = {"method": method, "minus": minus}
-    for metric in ("psnr", "ssim", "outside"):
+    for metric in KEPT_METRICS:
+        if any(r[metric] is None for r in (*own, *reference)):
+            row |= {metric: NO_VALUE}
+            continue
         mine, theirs = keyed(own, metric), keyed(reference, metric)
         both = sorted(set(mine) & set(theirs))
         if not both:

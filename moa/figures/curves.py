@@ -24,6 +24,7 @@ TITLES = {
     "moa": "MoA",
     "moa_wrong_subject": "MoA, wrong\nsubject",
     "fastcomposer": "FastComposer",
+    "textual_inversion": "Textual\nInversion",
     "ceiling": "ceiling",
 }
 COLORS = {
@@ -31,6 +32,7 @@ COLORS = {
     "moa": "#1f5fa8",
     "moa_wrong_subject": "#9dbbdc",
     "fastcomposer": "#d9822b",
+    "textual_inversion": "#8a5fb0",
     "ceiling": "#3c8d5a",
 }
 

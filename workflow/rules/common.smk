@@ -8,7 +8,7 @@ from moa.data.sources import celeba, listing
 from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS as PHOTO_SOURCES, PhotosConfig
 from moa.hashing import code_hash
-from moa.trained import TRAINED
+from moa.trained import PER_SUBJECT, TRAINED
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]

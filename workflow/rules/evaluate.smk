@@ -82,6 +82,7 @@ rule compare_swaps:
     input:
         samples=f"{OUT}/samples.parquet",
         features=[f"{OUT}/scores/{method}-features.parquet" for method in METHODS],
+        models=models("lpips"),
     output:
         f"{OUT}/scores/kept.parquet",
     log:
@@ -94,13 +95,14 @@ rule compare_swaps:
     resources:
         mem_mb=1000,
     params:
+        config=settings("compare-swaps"),
         code=code("compare-swaps"),
         results=results,
     message:
         "Comparing images of one prompt and noise with different subjects"
     shell:
-        "python -m moa compare-swaps --made {input.samples} --seen {input.features} --results {params.results}"
-        " --output {output} > {log} 2>&1"
+        "python -m moa compare-swaps --config {params.config:q} --made {input.samples} --seen {input.features}"
+        " --results {params.results} --output {output} > {log} 2>&1"
 
 
 rule quality_tables:
@@ -167,6 +169,7 @@ rule compare_prior:
         features=f"{OUT}/scores/{{method}}-features.parquet",
         prior=f"{OUT}/scores/prior.parquet",
         prior_features=f"{OUT}/scores/prior-features.parquet",
+        models=models("lpips"),
     output:
         f"{OUT}/scores/{{method}}-preserved.parquet",
     log:
@@ -179,15 +182,16 @@ rule compare_prior:
     resources:
         mem_mb=1000,
     params:
+        config=settings("compare-prior"),
         code=code("compare-prior"),
         results=results,
         prior_results="",
     message:
         "Comparing {wildcards.method} with the prior's images of the same noise"
     shell:
-        "python -m moa compare-prior --made {input.samples} --seen {input.features} --prior {input.prior}"
-        " --prior-seen {input.prior_features} --results {params.results} {params.prior_results} --output {output}"
-        " > {log} 2>&1"
+        "python -m moa compare-prior --config {params.config:q} --made {input.samples} --seen {input.features}"
+        " --prior {input.prior} --prior-seen {input.prior_features} --results {params.results} {params.prior_results}"
+        " --output {output} > {log} 2>&1"
 
 
 rule compare_methods:
@@ -196,6 +200,7 @@ rule compare_methods:
         features=[f"{OUT}/scores/{method}-features.parquet" for method in RIVALS],
         prior=[f"{OUT}/scores/{method}.parquet" for method in BASE],
         prior_features=[f"{OUT}/scores/{method}-features.parquet" for method in BASE],
+        models=models("lpips"),
     output:
         f"{OUT}/scores/shared.parquet",
     log:
@@ -208,6 +213,7 @@ rule compare_methods:
     resources:
         mem_mb=1000,
     params:
+        config=settings("compare-methods"),
         code=code("compare-methods"),
         results=results,
         prior=lambda wildcards, input: option("--prior", input.prior),
@@ -215,8 +221,8 @@ rule compare_methods:
     message:
         "Comparing MoA and FastComposer over the same pixels"
     shell:
-        "python -m moa compare-methods --made {input.samples} --seen {input.features} {params.prior}"
-        " {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
+        "python -m moa compare-methods --config {params.config:q} --made {input.samples} --seen {input.features}"
+        " {params.prior} {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
 
 
 rule measure:
