@@ -97,11 +97,12 @@ def photo_hash(subject: Subject) -> str:
 
 
 def first_vectors(pipe: Pipeline, word: str, count: int) -> Tensor:
-    """[count, D], float32: the input embedding of a word, so many times. ValueError if it is no one token."""
+    """[count, D], float32: the mean input embedding of a word's tokens, so many times."""
     ids = pipe.tokenizer(word, add_special_tokens=False).input_ids
-    if len(ids) != 1:
-        raise ValueError(f"init_word: {word!r} is {len(ids)} tokens of the prior's tokenizer; take another")
-    return pipe.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().repeat(count, 1)
+    if not ids:
+        raise ValueError(f"init_word: {word!r} is no word")
+    mean = pipe.text_encoder.get_input_embeddings().weight[ids].detach().float().mean(0)
+    return mean.repeat(count, 1)
 
 
 @contextmanager

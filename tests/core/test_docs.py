@@ -1,4 +1,4 @@
-"""The code in docs/pipeline.md runs, block after block, on the shipped weights and an adapter for them."""
+"""The code in docs/pipeline.md and docs/methods.md runs, block after block, on the shipped weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from moa import MoAAdapter, MoAPipeline
 from moa.hashing import ROOT
+from moa.methods import METHODS
 from tests.core.conftest import plain_parts, scramble
 
 pytestmark = pytest.mark.slow
@@ -93,7 +94,22 @@ def test_the_page_on_the_pipeline_runs(workplace, quick, pipe):
     assert names["again"].adapter.config["experts"] == 2
 
 
-@pytest.mark.parametrize("page", ["pipeline.md", "architecture.md"])
+def test_the_page_on_methods_runs(workplace):
+    names: dict = {}
+    pages = blocks((DOCS / "methods.md").read_text(encoding="utf-8"))
+    try:
+        for _, code in pages:
+            exec(compile(code, "docs/methods.md", "exec"), names)
+    finally:
+        METHODS.pop("portrait", None)
+    assert len(pages) == 5
+    assert names["image"].size == names["personal"].size == (64, 64)
+    assert names["files"] == names["again"]
+    assert names["said"].startswith("a <") and names["said"].endswith("> woman in a red hoodie")
+    assert names["same"].tobytes() == names["personal"].tobytes()
+
+
+@pytest.mark.parametrize("page", ["pipeline.md", "architecture.md", "methods.md"])
 def test_what_the_pages_link_to_exists(page):
     text = (DOCS / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)

@@ -166,7 +166,7 @@ def test_words_and_bounds_agree():
             assert lenient and re.search("margin|on par", claim.note), claim.claim
         elif claim.minus:
             assert claim.bound == 0, claim.claim
-        if claim.minus == "fastcomposer" and re.search("psnr|ssim", claim.metric):
+        if claim.minus == "fastcomposer" and re.search("psnr|ssim|lpips", claim.metric):
             assert claim.metric.endswith("_shared"), claim.claim
 
 
@@ -174,7 +174,7 @@ def test_what_the_prior_alone_draws_is_said():
     """Where the miniature leaves the noisiest timesteps to the prior, some context is kept anyway."""
     preset = yaml.safe_load((ROOT / "config/miniature.yaml").read_text(encoding="utf-8"))
     below = f"personalize_below {preset['train']['moa']['personalize_below']}"
-    given = re.compile(r"(prior|seed)_|swap_(psnr|ssim)")
+    given = re.compile(r"(prior|seed)_|swap_(psnr|ssim|lpips)")
     kept = [c for c in claims.read_claims(LEDGER) if given.match(c.metric) and c.kind != "table2_multi"]
     assert len(kept) >= 8
     assert [claim.claim for claim in kept if below not in claim.note] == []

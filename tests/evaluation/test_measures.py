@@ -223,14 +223,18 @@ def test_floors_belong_to_their_subjects_too():
     likeness = {
         "psnr": 3.0,
         "ssim": 0.9,
+        "lpips": 0.1,
         "layout": 1.0,
         "noise_psnr": 2.0,
         "noise_ssim": 0.5,
+        "noise_lpips": 0.4,
         "noise_layout": 0.5,
     }
     row = about | {"prompt_id": "p", "prompt_group": "g", "index": 0, "noise_subjects": ["s1"]} | likeness
     members = {found["metric"]: found["members"] for found in measures.of_preserved([row])}
     assert members["prior_psnr"] == ["s0"]
+    values = {found["metric"]: found["value"] for found in measures.of_preserved([row])}
+    assert values["seed_lpips"] == pytest.approx(-0.3)
     assert members["seed_psnr"] == members["seed_layout"] == ["s0", "s1"]
 
 
@@ -244,7 +248,7 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     features.write(tmp_path / "seen.parquet", seen)
     features.write(tmp_path / "references.parquet", REFERENCES)
     swap = next(row for row in rows if row["kind"] == "swap")
-    pair = {"other": "s1", "members": ["s0", "s1"], "psnr": 25.0, "ssim": 0.8, "outside": 0.5}
+    pair = {"other": "s1", "members": ["s0", "s1"], "psnr": 25.0, "ssim": 0.8, "lpips": 0.2, "outside": 0.5}
     kept = {name: swap[name] for name in KEPT.names if name in swap} | pair
     write_rows(tmp_path / "kept.parquet", [kept, {**kept, "other": "s2", "psnr": None, "ssim": None}], KEPT)
     write_rows(tmp_path / "router.parquet", router_rows(), ROUTER)
@@ -252,8 +256,14 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
         tmp_path / "preserved.parquet",
         [
             {name: row[name] for name in preserved.PRESERVED.names[:9]}
-            | {"psnr": 30.0, "ssim": 0.9, "layout": 1.0}
-            | {"noise_psnr": 20.0, "noise_ssim": noise, "noise_layout": 0.25, "noise_subjects": ["s1"]}
+            | {"psnr": 30.0, "ssim": 0.9, "lpips": 0.1, "layout": 1.0}
+            | {
+                "noise_psnr": 20.0,
+                "noise_ssim": noise,
+                "noise_lpips": 0.3,
+                "noise_layout": 0.25,
+                "noise_subjects": ["s1"],
+            }
             for row, noise in ((rows[0], None), (rows[1], 0.7))
         ],
         preserved.PRESERVED,
@@ -263,7 +273,7 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     shared = [
         next(measures.measure_row(swap, f"{of}_{name}_shared", 25.0))
         for of in ("swap", "prior")
-        for name in ("psnr", "ssim")
+        for name in ("psnr", "ssim", "lpips")
     ]
     write_rows(tmp_path / "shared.parquet", shared, measures.MEASURE)
     found = measures.everything(

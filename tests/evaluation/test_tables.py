@@ -28,7 +28,8 @@ def kept_rows(methods=("moa", "fastcomposer")):
                         "method": method, "train_seed": 0, "split": "test", "kind": "swap", "prompt_id": "p",
                         "index": 0, "subject": f"s{a}", "other": f"s{b}", "members": [f"s{a}", f"s{b}"],
                         "psnr": None if (a, b) == (0, 1) and m else 30.0 - 5 * m + a + 0.5 * b,
-                        "ssim": None if (a, b) == (0, 1) and m else 0.9 - 0.1 * m, "outside": 0.5,
+                        "ssim": None if (a, b) == (0, 1) and m else 0.9 - 0.1 * m, "lpips": None,
+                        "outside": 0.5,
                     }
                 )  # fmt: skip
     return rows

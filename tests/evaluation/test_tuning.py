@@ -25,7 +25,7 @@ def kept(*psnr):
     }
     return [
         same | {"subject": "s0", "other": f"s{i + 1}", "members": ["s0", f"s{i + 1}"], "psnr": value,
-                "ssim": None if value is None else 0.5, "outside": 0.5}
+                "ssim": None if value is None else 0.5, "lpips": None, "outside": 0.5}
         for i, value in enumerate(psnr)
     ]  # fmt: skip
 

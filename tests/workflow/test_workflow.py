@@ -157,6 +157,21 @@ def test_what_is_left_out_leaves_the_rest(
     assert [name for name in gone if name in said] == []
 
 
+def test_a_method_that_learns_each_subject_gets_every_table(snakemake: Run, weights: Path) -> None:
+    methods = {name: [] for name in EVERY} | {"prior": ["single", "multi"]}
+    methods |= {"textual_inversion": ["single", "multi"]}
+    shards = MINIATURE["shards"] | {"subjects": 3}
+    done = snakemake("--dry-run", config={"weights": str(weights), "methods": methods, "shards": shards})
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    assert (jobs["learn_subjects"], jobs["join_subjects"], jobs["score"]) == ("3", "1", "2")
+    assert "train" not in jobs
+    said = done.stdout + done.stderr
+    wanted = ["learned/textual_inversion-002", "made/textual_inversion/test-multi-000.parquet", "main.csv"]
+    wanted += ["textual_inversion-preserved.parquet", "textual_inversion-measures.parquet", "tables/cost.csv"]
+    assert [name for name in wanted if name not in said] == []
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
