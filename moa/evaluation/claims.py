@@ -38,8 +38,9 @@ class Claim:
     """A claim and its test: an effect, and the side of the bound on which it is claimed to lie.
 
     The effect is the mean of `metric`; with `minus`, its paired difference to that method; with `over`, the
-    ratio of the means; with `slope_on`, its slope on that measure among images of the same prompt. With
-    `versus`, it is the effect in `group` less that in the group `versus`.
+    ratio of the means, with `over_metric`, that to the mean of another measure; with `slope_on`, its slope on
+    that measure among images of the same prompt. With `versus`, it is the effect in `group` less that in the
+    group `versus`.
     """
 
     claim: str  # in a few words
@@ -49,6 +50,7 @@ class Claim:
     method: str = "moa"
     minus: str | None = None  # a method
     over: str | None = None  # a method
+    over_metric: str | None = None  # another measure of the same method
     slope_on: str | None = None  # a measure
     group: str | None = None  # of prompts; all if none is named
     versus: str | None = None  # another group
@@ -59,9 +61,11 @@ class Claim:
     def __post_init__(self) -> None:
         if (not self.metric or self.bound) and not self.note:
             raise ValueError(f"claim {self.claim!r} needs a note: why no metric, or where the bound is from")
-        if sum(name is not None for name in (self.minus, self.over, self.slope_on)) > 1:
-            raise ValueError(f"claim {self.claim!r}: give one of minus, over and slope_on, not both")
-        if self.versus and (not self.group or self.over or self.slope_on):
+        if sum(bool(name) for name in (self.minus, self.over, self.over_metric, self.slope_on)) > 1:
+            raise ValueError(
+                f"claim {self.claim!r}: give one of minus, over, over_metric and slope_on, not both"
+            )
+        if self.versus and (not self.group or self.over or self.over_metric or self.slope_on):
             raise ValueError(f"claim {self.claim!r}: versus needs a group, and neither over nor slope_on")
         if self.side == "apart" and self.bound <= 0:
             raise ValueError(f"claim {self.claim!r}: with no bound above 0, `apart` could never fail")
@@ -78,6 +82,7 @@ class Claim:
             return ""
         against = f" − {self.minus}" if self.minus else f" / {self.over}" if self.over else ""
         of = f"slope of {self.metric} on {self.slope_on}" if self.slope_on else self.metric
+        of += f" / {self.over_metric}" if self.over_metric else ""
         groups = " − ".join(name for name in (self.group, self.versus) if name)
         return f"{of}, {self.kind}{f' ({groups})' if groups else ''}: {self.method}{against}"
 
@@ -113,11 +118,14 @@ def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int]:
         return own.beyond(rest[0]), len(own) + len(rest[0])
     if claim.slope_on:
         return slope_within_prompts(own, measures.get(claim.kind, claim.slope_on, claim.method, claim.group))
-    if claim.over:
-        other = measures.get(claim.kind, claim.metric, claim.over, claim.group)
+    if claim.over or claim.over_metric:
+        metric, method = claim.over_metric or claim.metric, claim.over or claim.method
+        other = measures.get(claim.kind, metric, method, claim.group)
         units = own.common(other)
+        if not units:
+            raise NotMeasured(f"no {metric} of {method}, {claim.kind}")
         if not sum(other.of[unit] for unit in units):
-            raise NotMeasured(f"the mean {claim.metric} of {claim.over} is 0")
+            raise NotMeasured(f"the mean {metric} of {method} is 0")
         return own.over(other), len(units)
     return own.mean(), len(own)
 

@@ -29,6 +29,7 @@ from moa.evaluation.statistics import Interval, interval, ratio, slope
 Floats = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
 
+OCCLUDED = "occluded"  # the kind whose subjects are shown in partly hidden photos
 MEASURE = pa.schema(
     [
         pa.field(name, kind, nullable=False)
@@ -166,6 +167,30 @@ def of_swaps(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, 
             yield from measure_row(one, metric, value, unit=unit, members=members)
 
 
+def of_occlusion(
+    rows: Rows, seen: Mapping[str, Features], references: Mapping[str, Features]
+) -> Iterator[Row]:
+    """plain_ip and plain_margin of the kind `occluded`: the same requests, from photos that hide nothing."""
+
+    def request(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("train_seed", "split", "subject", "prompt", "index", "seed"))
+
+    plain = {request(row): row for row in rows if row["kind"] != OCCLUDED}
+    hidden = [row for row in rows if row["kind"] == OCCLUDED and request(row) in plain]
+    for row in hidden:
+        yield from measure_row(row, "plain_ip", plain[request(row)]["ip"])
+    for one, other in context.swaps(hidden):
+        twins = [{**plain[request(row)], "kind": OCCLUDED} | _names(row) for row in (one, other)]
+        for value in of_swaps(twins, seen, references):
+            if value["metric"] == "swap_margin":
+                yield {**value, "metric": "plain_margin"}
+
+
+def _names(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a prompt is called, which may differ between kinds."""
+    return {name: row[name] for name in ("prompt_id", "prompt_group")}
+
+
 def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
     """vary_layout and vary_clip: how unlike two images of one prompt and different noise are."""
     for one, other in seed_pairs(rows):
@@ -251,7 +276,12 @@ def measure(made: str | Path, seen: str | Path, references: str | Path, output: 
         output: parquet file to write.
     """
     rows, found, wanted = samples.read(made), features.read(seen), features.read(references)
-    values = [*of_pairs(rows, found, wanted), *of_swaps(rows, found, wanted), *of_seeds(rows, found)]
+    values = [
+        *of_pairs(rows, found, wanted),
+        *of_swaps(rows, found, wanted),
+        *of_occlusion(rows, found, wanted),
+        *of_seeds(rows, found),
+    ]
     write_rows(output, values, MEASURE)
 
 

@@ -573,7 +573,7 @@ def tables(
         made["table3"] = table3(present["single"], read_published(published))
     if "multi" in present:
         made["multi"] = quality(present["multi"])
-    swaps = [row for row in read_rows(kept, KEPT) if row["split"] == split]
+    swaps = [row for row in read_rows(kept, KEPT) if (row["split"], row["kind"]) == (split, "swap")]
     if swaps or any(row["kind"] == "swap" for row in rows):
         made["context"] = kept_context(swaps)
     spread = [trainings(part, kind) for kind, part in present.items()]

@@ -3,7 +3,7 @@
 Entry points, called by `python -m moa render`:
 
     run(config, split, shard, raw, truth)      one shard of photos and, apart from it, the truth about them
-    run_subjects(config, split, output)        one photo of each evaluation subject
+    run_subjects(config, split, output, …)     one photo of each evaluation subject, free or partly hidden
 
 The truth file is read only by `moa.miniature.annotation`, which measures the annotators against it.
 """
@@ -20,8 +20,16 @@ from tqdm import tqdm
 
 from moa.data.records import RAW, SUBJECT, TRUTH, Row, encode_image, encode_mask, sha256, write_rows
 from moa.miniature.captions import task_caption
-from moa.miniature.render import render, render_subject
-from moa.miniature.world import Identity, Scene, identities, labels, sample_appearance, sample_scene
+from moa.miniature.render import Rendered, render, render_subject
+from moa.miniature.world import (
+    Identity,
+    Scene,
+    identities,
+    labels,
+    sample_appearance,
+    sample_prop,
+    sample_scene,
+)
 
 
 @dataclass(frozen=True)
@@ -121,16 +129,22 @@ def choose_subjects(split: str, count: int) -> list[Identity]:
     return [chosen[i % 2][i // 2] for i in range(count)]
 
 
-def run_subjects(config: RenderConfig, split: str, output: str | Path) -> None:
-    """Write one photo each of the subjects of "validation" or "test"."""
+def subject_photo(config: RenderConfig, identity: Identity, occluded: bool = False) -> Rendered:
+    """The photo of an evaluation subject; `occluded`, the same with something held before face or chest."""
+    rng = generator(config.seed, f"subject/{identity.id}", 0)
+    appearance, seed = sample_appearance(rng), int(rng.integers(2**31))
+    prop = sample_prop(generator(config.seed, f"occluded/{identity.id}", 0)) if occluded else None
+    return render_subject(identity, appearance, config.size, seed, prop)
+
+
+def run_subjects(config: RenderConfig, split: str, output: str | Path, occluded: bool = False) -> None:
+    """Write one photo each of the subjects of "validation" or "test"; `occluded` as in `subject_photo`."""
     if split not in ("validation", "test"):
         raise ValueError(f"evaluation subjects are those of validation or test, not of {split!r}")
     count = config.subjects_validation if split == "validation" else config.subjects_test
     rows = []
     for identity in choose_subjects(split, count):
-        rng = generator(config.seed, f"subject/{identity.id}", 0)
-        photo = render_subject(identity, sample_appearance(rng), config.size, seed=int(rng.integers(2**31)))
-        image = encode_image(photo.image, f"{identity.id}.png")
+        image = encode_image(subject_photo(config, identity, occluded).image, f"{identity.id}.png")
         rows.append(
             {
                 "id": identity.id,

@@ -268,8 +268,10 @@ def render(scene: Scene, size: int = 64) -> Rendered:
     return Rendered(image, mask)
 
 
-def render_subject(identity: Identity, appearance: Appearance, size: int = 64, seed: int = 0) -> Rendered:
-    """The photo a user hands in: `identity` alone before a background that `seed` chooses."""
+def render_subject(
+    identity: Identity, appearance: Appearance, size: int = 64, seed: int = 0, prop: Prop | None = None
+) -> Rendered:
+    """The photo a user hands in: `identity` alone, perhaps with a prop; `seed` chooses the background."""
     drawn = sample_context(np.random.default_rng(seed))
     context = Context(drawn.background, drawn.background_color, drawn.background_seed, (appearance,))
-    return render(Scene((identity,), context, seed=seed), size)
+    return render(Scene((identity,), context, prop, seed), size)

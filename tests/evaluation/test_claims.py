@@ -109,6 +109,24 @@ def test_a_group_is_judged_beside_another():
         )
 
 
+def test_a_measure_is_judged_as_a_share_of_another():
+    rows = make_rows("single", ("moa",))
+    claim = Claim("c", "1", "ip", over_metric="plain_ip", bound=0.831, note="n")
+    for share, expected in ((0.9, "holds"), (0.7, "does not hold")):
+        plain = [
+            r | {"metric": "plain_ip", "value": r["value"] / share}
+            for r in measures.of_samples(rows)
+            if r["metric"] == "ip"
+        ]
+        judged = judge(claim, Measures([*measures.of_samples(rows), *plain]))
+        assert judged["verdict"] == expected
+        assert judged["value"] == pytest.approx(share)
+        assert judged["effect"] == "ip / plain_ip, single: moa"
+        assert (judged["units"], judged["left_out"]) == (12, 0)
+    missing = judge(claim, Measures(measures.of_samples(rows)))
+    assert (missing["verdict"], missing["note"]) == ("not measured", "no plain_ip of moa, single; n")
+
+
 def test_a_ratio_to_nothing_is_not_measured():
     rows = [{**row, "ip": 0.0} for row in make_rows("single", ("prior", "moa"))]
     found = judge(
@@ -151,7 +169,7 @@ def test_every_claim_has_a_measure_with_a_formula():
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     ledger = claims.read_claims(LEDGER)
-    used = {name for claim in ledger for name in (claim.metric, claim.slope_on) if name}
+    used = {n for claim in ledger for n in (claim.metric, claim.over_metric, claim.slope_on) if n}
     assert used <= documented
     assert len({claim.claim for claim in ledger}) == len(ledger)
 
@@ -162,7 +180,8 @@ def test_words_and_bounds_agree():
         if not claim.metric:
             continue
         if re.search(r"\bno (less|more)\b|on par|missing more often", claim.claim):
-            lenient = 0 < claim.bound < 1 if claim.over or claim.side == "below" else claim.bound < 0
+            share = claim.over or claim.over_metric or claim.side == "below"
+            lenient = 0 < claim.bound < 1 if share else claim.bound < 0
             assert lenient and re.search("margin|on par", claim.note), claim.claim
         elif claim.minus:
             assert claim.bound == 0, claim.claim
@@ -189,6 +208,7 @@ def test_what_the_prior_alone_draws_is_said():
         ("{claim: c, section: s, metric: ip, side: left}", "side must be one of"),
         ("{claim: c, section: s, metric: ip, minus: prior, slope_on: size}", "not both"),
         ("{claim: c, section: s, metric: ip, minus: prior, over: prior}", "not both"),
+        ("{claim: c, section: s, metric: ip, over_metric: size, over: prior}", "not both"),
         ("{claim: c, section: s, metric: ip, versus: clothes}", "versus needs a group"),
         ("{claim: c, section: s, metric: ip, side: apart}", "could never fail"),
     ],

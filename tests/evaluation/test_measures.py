@@ -98,6 +98,35 @@ def test_faithful_faces_of_people_who_look_alike_have_a_leak_but_no_excess(count
     assert excess(blend) > 0.05
 
 
+def test_occlusion_by_hand():
+    """Half of the likeness is lost where the photo was partly hidden; the prompt may have another name."""
+    plain = [row for row in make_rows("swap", ("moa",)) if row["prompt_id"] == "group-01"]
+    hidden = [
+        {**row, "kind": "occluded", "prompt_id": "group-00", "path": f"occluded/{row['path']}", "ip": 0.5}
+        for row in plain
+    ]
+    other = {**plain[0], "kind": "single", "seed": 99, "path": "x", "ip": 0.0}  # of other noise: no twin
+    faces = {row["path"]: look([EYE[int(row["subject"][1])]]) for row in plain}
+    half = {row["path"]: look([0.5 * EYE[int(row["subject"][1])]]) for row in hidden}
+    seen = faces | half | {"x": look([EYE[5]])}
+    rows = [other, *hidden, *plain]
+    found = [
+        *measures.of_samples(rows),
+        *measures.of_swaps(rows, seen, REFERENCES),
+        *measures.of_occlusion(rows, seen, REFERENCES),
+    ]
+    assert {row["kind"] for row in found if row["metric"].startswith("plain")} == {"occluded"}
+    known = Measures(found)
+    twins = known.get("occluded", "plain_ip", "moa")
+    assert twins.of == {f"{row['subject']}/group-00/0": row["ip"] for row in plain}
+    margins = [known.get("occluded", metric, "moa") for metric in ("swap_margin", "plain_margin")]
+    assert margins[0].of.keys() == margins[1].of.keys() and len(margins[0]) == 15
+    assert set(margins[0].of.values()) == {0.5} and set(margins[1].of.values()) == {1.0}
+    assert margins[0].over(margins[1]).mean == pytest.approx(0.5)
+    assert list(measures.of_occlusion(plain, faces, REFERENCES)) == []
+    assert list(measures.of_occlusion([other, *hidden], seen, REFERENCES)) == []
+
+
 def test_swap_by_hand():
     faces = np.array([[0.6, 0.8, 0.0], [0.0, 0.0, 0.0]])  # nearer to the other; nobody
     assert measures.swapped(faces, np.eye(3)[:2]) == {
@@ -243,6 +272,9 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     rows += [
         {**row, "index": 1, "seed": row["seed"] + 1, "path": f"1-{row['path']}"} for row in rows[:12]
     ]  # a second image of each single subject
+    rows += [
+        {**row, "kind": "occluded", "path": f"2-{row['path']}"} for row in rows if row["kind"] == "swap"
+    ]
     seen = {row["path"]: look([EYE[int(name[1])] for name in row["subjects"]], (0, 4)) for row in rows}
     samples.write(tmp_path / "samples.parquet", rows)
     features.write(tmp_path / "seen.parquet", seen)

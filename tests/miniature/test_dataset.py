@@ -77,6 +77,21 @@ def test_subjects_are_one_photo_of_one_person_each(split, tmp_path):
     assert all(decode_image(row["image"]).size == (64, 64) for row in rows)
 
 
+def test_hidden_photos_are_the_same_but_for_what_is_held(tmp_path):
+    """Something is held before every subject, hides some of it, and leaves the rest as it is."""
+    for occluded in (False, True):
+        dataset.run_subjects(SMALL, "test", tmp_path / f"{occluded}.parquet", occluded)
+    free, hidden = (read_rows(tmp_path / f"{occluded}.parquet", SUBJECT) for occluded in (False, True))
+    assert [row["id"] for row in free] == [row["id"] for row in hidden]
+    for identity in choose_subjects("test", 5):
+        one, other = (dataset.subject_photo(SMALL, identity, occluded) for occluded in (False, True))
+        gone = (one.mask > 0) & (other.mask == 0)
+        assert 0.02 < gone.sum() / (one.mask > 0).sum() < 0.6
+        changed = (one.image != other.image).any(axis=2)
+        assert gone[changed].sum() > 0.5 * changed.sum() and changed.mean() < 0.35
+        assert np.array_equal(one.image[~changed], other.image[~changed])
+
+
 def test_test_subjects_include_held_out_attribute_pairs():
     """The first half of a class is novel in the test split; taking only the first would test nothing else."""
     men = [i.id for i in choose_subjects("test", 30) if i.class_word == "man"]

@@ -157,6 +157,27 @@ def test_what_is_left_out_leaves_the_rest(
     assert [name for name in gone if name in said] == []
 
 
+def test_the_kind_occluded_is_made_from_hidden_photos_and_scored_against_others(
+    snakemake: Run, weights: Path
+) -> None:
+    methods = {name: [] for name in EVERY} | {"moa": ["single", "occluded"]}
+    done = snakemake("--dry-run", "--printshellcmds", config={"weights": str(weights), "methods": methods})
+    assert done.returncode == 0, done.stdout + done.stderr
+    hidden, free = "subjects/test-occluded.parquet", "subjects/test.parquet"
+    commands = [line for line in done.stdout.splitlines() if "python -m moa" in line]
+
+    def of(stage: str, kind: str = "") -> str:
+        return next(line for line in commands if f"moa {stage} " in line and kind in line)
+
+    assert hidden in of("generate-shard", "test-occluded") and free not in of(
+        "generate-shard", "test-occluded"
+    )
+    assert free in of("generate-shard", "test-single") and hidden not in of("generate-shard", "test-single")
+    assert free in of("score") and hidden not in of("score")
+    drawn = [line for line in commands if "moa render-subjects " in line and "--split test" in line]
+    assert sorted(("--occluded" in line, hidden in line) for line in drawn) == [(False, False), (True, True)]
+
+
 def test_a_method_that_learns_each_subject_gets_every_table(snakemake: Run, weights: Path) -> None:
     methods = {name: [] for name in EVERY} | {"prior": ["single", "multi"]}
     methods |= {"textual_inversion": ["single", "multi"]}

@@ -81,6 +81,12 @@ def parts(kind, *folder):
     return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
 
 
+def photos(wildcards):
+    """The subjects' photos that a method is shown: partly hidden ones for the kind `occluded`."""
+    occluded = "-occluded" if wildcards.kind == "occluded" else ""
+    return f"{OUT}/subjects/{wildcards.split}{occluded}.parquet"
+
+
 def option(name, values):
     """An option of a stage with its values; nothing if there are none."""
     values = list(values)

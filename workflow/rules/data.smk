@@ -48,11 +48,24 @@ if CONFIG["source"] == "miniature":
         params:
             config=settings("render-subjects"),
             code=code("render-subjects"),
+            occluded="",
         message:
             "Drawing a photo of each subject of {wildcards.split}"
         shell:
-            "python -m moa render-subjects --config {params.config:q} --split {wildcards.split}"
+            "python -m moa render-subjects --config {params.config:q} --split {wildcards.split} {params.occluded}"
             " --output {output} > {log} 2>&1"
+
+    use rule render_subjects as render_occluded with:
+        output:
+            f"{OUT}/subjects/{{split}}-occluded.parquet",
+        log:
+            f"{OUT}/logs/render_subjects/{{split}}-occluded.log",
+        benchmark:
+            f"{OUT}/benchmarks/render_subjects/{{split}}-occluded.tsv"
+        params:
+            occluded="--occluded",
+        message:
+            "Drawing a partly hidden photo of each subject of {wildcards.split}"
 
 elif "subjects" in CONFIG["data"]:
 
