@@ -209,6 +209,12 @@ STAGES: dict[str, Stage] = {
     "benchmark-data": Stage(
         "moa.data.benchmark:run", "measure time and memory of captions and masks", "data.benchmark", DEVICE
     ),
+    "benchmark-scoring": Stage(
+        "moa.evaluation.speed:run",
+        "measure what scoring in batches saves",
+        "evaluate.speed",
+        JUDGES | DEVICE,
+    ),
     "schema": Stage("moa.schema:write", "write the JSON schema of the configuration"),
 }
 

@@ -272,9 +272,7 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     rows += [
         {**row, "index": 1, "seed": row["seed"] + 1, "path": f"1-{row['path']}"} for row in rows[:12]
     ]  # a second image of each single subject
-    rows += [
-        {**row, "kind": "occluded", "path": f"2-{row['path']}"} for row in rows if row["kind"] == "swap"
-    ]
+    rows += [{**row, "kind": "occluded", "path": f"2-{row['path']}"} for row in rows if row["kind"] == "swap"]
     seen = {row["path"]: look([EYE[int(name[1])] for name in row["subjects"]], (0, 4)) for row in rows}
     samples.write(tmp_path / "samples.parquet", rows)
     features.write(tmp_path / "seen.parquet", seen)

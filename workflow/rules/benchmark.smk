@@ -1,7 +1,8 @@
 # What things cost. `snakemake benchmark`: a pass of Stable Diffusion 1.5's U-Net and a training step, on random weights,
 # for time and memory do not depend on them; nothing of the main job is read or made. `snakemake sparse`: what sparse
 # experts save and change of the images of the main job's adapter, on validation subjects. `snakemake benchmark_data`:
-# captions and masks in batches against one photo at a time, and of more and more photos.
+# captions and masks in batches against one photo at a time, and of more and more photos. `snakemake benchmark_scoring`:
+# what scoring in batches saves, with the judges of the configuration and with random ones of true size.
 
 
 rule benchmark:
@@ -92,3 +93,25 @@ rule sparse_figure:
         "Drawing what sparse experts save and change"
     shell:
         "python -m moa figure-sparse --table {input} --output {output} > {log} 2>&1"
+
+
+rule benchmark_scoring:
+    input:
+        models=models("clip_judge", "segmenter", "identity", "detector"),
+    output:
+        "results/benchmark/scoring.csv",
+    log:
+        "results/benchmark/logs/scoring.log",
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=6000,
+        gpu=GPU,
+    params:
+        config=settings("benchmark-scoring"),
+        code=code("benchmark-scoring"),
+    message:
+        "Scoring in batches, and one at a time"
+    shell:
+        "python -m moa benchmark-scoring --config {params.config:q} --output {output} > {log} 2>&1"

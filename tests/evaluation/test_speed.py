@@ -1,0 +1,84 @@
+"""The scoring benchmark compares the same work, sees a difference, and writes its table."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import open_clip
+import pytest
+from test_score import judges
+
+from moa.evaluation import speed
+from moa.evaluation.speed import COLUMNS, VIT_L14, SpeedConfig
+from moa.methods import ModelSource
+
+__all__ = ["judges"]  # a fixture
+CONFIG = SpeedConfig(
+    ModelSource("c"), ModelSource("s"), subjects=2, prompts=3, batch_size=4, repeats=1, true_size_images=2
+)
+SMALL = VIT_L14 | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "patch_size": 56}
+
+
+@pytest.fixture
+def table(judges, tmp_path, monkeypatch):
+    """The whole stage with untrained judges, and with a CLIP of few parameters."""
+    monkeypatch.setattr(SpeedConfig, "judges", lambda self: judges)
+    monkeypatch.setattr(speed, "VIT_L14", SMALL)
+    speed.run(CONFIG, tmp_path / "scoring.csv")
+    return list(csv.DictReader((tmp_path / "scoring.csv").open()))
+
+
+def test_batches_change_no_score(table):
+    assert [tuple(row) for row in table] == [COLUMNS] * 4
+    assert [row["what"] for row in table] == ["look", "score", "facenet", "clip"]
+    assert [(row["images"], row["batch_size"]) for row in table] == [("6", "4")] * 2 + [("2", "2")] * 2
+    assert max(float(row["largest_difference"]) for row in table) <= 1e-5
+    for row in table:
+        one, batch = float(row["seconds_one"]), float(row["seconds_batch"])
+        assert float(row["speedup"]) == pytest.approx(one / batch, rel=0.01)
+
+
+def test_a_judge_that_minds_its_neighbours_is_seen(judges, monkeypatch):
+    pictures = speed.draw(CONFIG)
+    real = judges.clip.image_features
+    monkeypatch.setattr(judges.clip, "image_features", lambda images: real(images) + 1e-3 * len(images))
+    ways = [lambda size=size: speed.look(judges, pictures.images, size) for size in (1, 4)]
+    found = speed.compare(*ways, repeats=1, name="test")
+    assert found["largest_difference"] == pytest.approx(2e-3, rel=1e-3)  # the judges take three at once
+
+
+def test_one_at_a_time_nothing_is_kept_and_in_batches_nothing_is_done_twice(judges, monkeypatch):
+    pictures, looked, read = speed.draw(CONFIG), [], []
+    look, text = judges.look, judges.clip.text_features
+    monkeypatch.setattr(judges, "look", lambda images: looked.append(len(images)) or look(images))
+    monkeypatch.setattr(judges.clip, "text_features", lambda texts: read.append(len(texts)) or text(texts))
+    size = judges.config.batch_size
+    speed.score(judges, pictures, 1)
+    assert (looked, read) == ([1, 1] * 6, [1] * 6)
+    looked.clear(), read.clear()
+    speed.score(judges, pictures, 6)
+    prompts = len({row["prompt"] for row in pictures.rows})
+    assert (looked, read) == ([2, *[size] * (6 // size)], [prompts])
+
+
+def test_pictures_are_of_their_subjects_and_the_same_every_time():
+    one, again = speed.draw(CONFIG), speed.draw(CONFIG)
+    assert [r["subjects"] for r in one.rows] == [[name] for name in one.photos for _ in range(3)]
+    assert all(np.array_equal(a, b) for a, b in zip(one.images, again.images, strict=True))
+    assert len({image.tobytes() for image in one.images}) == 6
+
+
+def test_true_size_is_that_of_the_published_models():
+    theirs = open_clip.get_model_config("ViT-L-14")
+    vision = theirs["vision_cfg"]
+    sizes = (vision["width"], vision["layers"], vision["patch_size"], vision["image_size"])
+    ours = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
+    assert tuple(VIT_L14[name] for name in ours) == sizes
+    assert VIT_L14["hidden_size"] // VIT_L14["num_attention_heads"] == vision.get("head_width", 64)
+    assert sum(p.numel() for p in speed.RandomFaceNet("cpu").model.parameters()) == 23_482_624
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match=r"repeats \(0\) must be at least 1"):
+        SpeedConfig(ModelSource("c"), ModelSource("s"), repeats=0)
