@@ -20,7 +20,7 @@ GATES = {  # which rows of the gates speak of a model
     "prior": ("autoencoder", "prior"),
     "image_encoder": (),
     "captioner": ("captioner",),
-    "segmenter": ("segmenter",),
+    "segmenter": ("segmenter", "detector"),
     "clip_judge": ("clip_judge",),
     "identity": ("identity", "mean colours"),
     "attributes": ("attributes",),

@@ -30,7 +30,7 @@ from moa.miniature.annotation import caption_cases, overlaps
 from moa.miniature.captions import Wording, caption, task_caption
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
-from moa.miniature.render import render
+from moa.miniature.render import background, render
 from moa.miniature.world import (
     ATTRIBUTES,
     CONTEXT_ATTRIBUTES,
@@ -55,6 +55,7 @@ class GatesConfig:
     generated: int = 200  # pictures drawn by the prior, single figures; half as many again for pairs
     steps: int = 25  # sampling steps of the prior
     guidance: float = 3.0
+    detector_threshold: float = 0.5  # least score of a person: that of `models.detector`
     threads: int = 2
     seed: int = 1
 
@@ -185,6 +186,43 @@ def measure_segmenter(finder: PersonFinder, data: corpus.Corpus) -> list[Row]:
         ("segmenter", "IoU", float(np.mean(ious)), 0.9, len(ious)),
         ("segmenter", "right number of people", float(np.mean(counts)), None, len(counts)),
     ]
+
+
+FOUND = 0.5  # least IoU of a person with a figure that it is said to be
+
+
+def garbage(data: corpus.Corpus, seed: int) -> dict[str, NDArray[np.uint8]]:
+    """Pictures of nobody, as many of each kind as of the corpus: uint8 [N, H, W, 3]."""
+    rng = np.random.default_rng(seed)
+    count, size = len(data), data.images.shape[1]
+    patches = data.images.reshape(count, size // 8, 8, size // 8, 8, 3).swapaxes(2, 3)
+    shuffled = np.stack([rng.permutation(cut.reshape(-1, 8, 8, 3)) for cut in patches])
+    return {
+        "empty backgrounds": np.stack([background(scene.context, size) for scene in data.scenes]),
+        "shuffled patches": shuffled.reshape(patches.shape).swapaxes(2, 3).reshape(data.images.shape),
+        "noise": rng.integers(0, 256, data.images.shape, dtype=np.uint8),
+    }
+
+
+def measure_detector(finder: PersonFinder, data: corpus.Corpus, seed: int) -> list[Row]:
+    """Share of the figures that are found, and of pictures of nobody in which somebody is."""
+    best: list[float] = []
+    for start in range(0, len(data), 64):
+        part = slice(start, start + 64)
+        found = finder([Image.fromarray(image) for image in data.images[part]])
+        for scene, mask, persons in zip(data.scenes[part], data.masks[part], found, strict=True):
+            ids = np.zeros_like(mask)
+            for k, person in enumerate(persons.masks):
+                ids[person] = k + 1
+            best += [float(row.max(initial=0.0)) for row in overlaps(ids, mask, len(scene.identities))]
+    rows: list[Row] = [
+        ("detector", "recall, IoU above .5", float(np.mean(np.array(best) > FOUND)), None, len(best))
+    ]
+    for name, pictures in garbage(data, seed).items():
+        parts = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
+        seen = [len(p.masks) > 0 for part in parts for p in finder([Image.fromarray(x) for x in part])]
+        rows.append(("detector", f"somebody found in {name}", float(np.mean(seen)), None, len(seen)))
+    return rows
 
 
 STATED = ("people", "class", "prop", *CONTEXT_ATTRIBUTES)  # what a caption may be right about
@@ -321,6 +359,12 @@ def sheet(images: NDArray[np.uint8], columns: int = 8, zoom: int = 2) -> Image.I
 # --- All --------------------------------------------------------------------------------------------------
 
 
+def evaluation_finder(weights: Path, settings: GatesConfig) -> PersonFinder:
+    """The segmenter as the evaluation's detector: with a lower threshold, for what is drawn is less clear."""
+    model = ModelSource(id=str(weights / "segmenter"))
+    return PersonFinder(SegmentConfig(model=model, threshold=settings.detector_threshold))
+
+
 def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples: Path) -> None:
     """Measure every gate on the models in `weights`; write a CSV and a sheet of the prior's pictures."""
     torch.set_num_threads(settings.threads)
@@ -335,6 +379,7 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
     rows = measure_identity("identity", embedder, settings.seed, True)
     rows += measure_identity("mean colours", ColorEmbedder(), settings.seed, False)
     rows += measure_segmenter(finder, data)
+    rows += measure_detector(evaluation_finder(weights, settings), data, settings.seed)
     rows += measure_captioner(
         Captioner(CaptionConfig(model=ModelSource(id=str(weights / "captioner")))), data
     )

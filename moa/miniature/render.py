@@ -252,10 +252,15 @@ def _prop(prop: Prop, pose: Pose, size: int) -> Pixels:
     return _rasterise(body, size, transform=_transform(pose))
 
 
+def background(context: Context, size: int = 64) -> Pixels:
+    """The background of a scene with nobody before it: uint8 [size, size, 3]."""
+    return _background(context.background, context.background_color, context.background_seed, size)
+
+
 def render(scene: Scene, size: int = 64) -> Rendered:
     """Draw a scene on size × size pixels: later figures before earlier ones, the prop before all of them."""
     context = scene.context
-    image = _background(context.background, context.background_color, context.background_seed, size)
+    image = background(context, size)
     mask = np.zeros((size, size), np.uint8)
     for index, (identity, appearance) in enumerate(zip(scene.identities, context.appearances, strict=True)):
         layer = _figure(identity, appearance, size)

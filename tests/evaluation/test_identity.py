@@ -12,7 +12,7 @@ from facenet_pytorch import MTCNN, InceptionResnetV1, fixed_image_standardizatio
 from facenet_pytorch.models.utils.detect_face import extract_face
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 from skimage.data import astronaut
 
 from moa.choose import greedy_pairs
@@ -111,6 +111,28 @@ def test_facenet_embedding_equals_facenet_pytorch(facenet, photo):
         expected = network(faces).numpy()
     np.testing.assert_allclose(embedder.embed([crop(photo, box) for box in boxes]), expected, atol=1e-5)
     assert embedder.embed([]).shape == (0, 512)
+
+
+def test_ip_of_a_photograph_equals_facenet_pytorch(facenet, photo):
+    """From photo to score: MTCNN's shipped weights, a fixed embedder, against the package's own pipeline."""
+    path, network = facenet
+    drawn = ImageEnhance.Brightness(photo.rotate(8, Image.Resampling.BICUBIC)).enhance(0.8)
+    settings = {"image_size": 160, "margin": 0, "min_face_size": 20, "thresholds": [0.6, 0.7, 0.7]}
+    package = MTCNN(**settings, factor=0.709, keep_all=False, select_largest=True)
+    with torch.inference_mode():
+        vectors = [torch.nn.functional.normalize(network(package(i)[None]))[0] for i in (photo, drawn)]
+    expected = float(vectors[0] @ vectors[1])
+    detector = MTCNNDetector()
+    embedder = FaceNetEmbedder(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    found = detector.detect([photo, drawn])
+    faces = [
+        embedder.embed([crop(image, box) for box in detection.boxes])
+        for image, detection in zip((photo, drawn), found, strict=True)
+    ]
+    scored = score(faces[0][:1], faces[1], identity.areas(found[1].boxes) / (512 * 512))
+    assert scored.found and 0 < scored.face_size < 0.2
+    assert scored.ip == pytest.approx(expected, abs=1e-4)
+    assert expected < 0.9999  # two different faces to the network
 
 
 def test_facenet_weights_are_checked(facenet, tmp_path):

@@ -229,6 +229,53 @@ def test_segmenter_that_finds_all_one_or_nobody(data, most):
     assert 0 < np.mean(counts == 1) < 1
 
 
+@pytest.mark.parametrize("most", [2, 1, 0])
+def test_detector_that_finds_all_one_or_nobody_and_sees_noise(data, most):
+    """Figures are known by their pixels; somebody is seen wherever every pixel differs from its neighbour."""
+    counts = np.array([len(s.identities) for s in data.scenes])
+    known_pictures, finder = {image.tobytes() for image in data.images}, Finder(data.images, data.masks, most)
+
+    def find(images):
+        found = []
+        for image in images:
+            pixels = np.asarray(image)
+            if pixels.tobytes() in known_pictures:
+                found += finder([image])
+            else:
+                restless = (pixels[1:] != pixels[:-1]).any(axis=2).mean() > 0.99
+                found.append(
+                    Persons(np.ones((int(restless), *pixels.shape[:2]), bool), np.ones(int(restless)))
+                )
+        return found
+
+    rows = gates.measure_detector(find, data, 0)
+    assert {gate for gate, *_ in rows} == {"detector"}
+    assert rows_of(rows) == {
+        "recall, IoU above .5": pytest.approx(np.minimum(counts, most).sum() / counts.sum()),
+        "somebody found in empty backgrounds": 0.0,
+        "somebody found in shuffled patches": 0.0,
+        "somebody found in noise": 1.0,
+    }
+    assert [count for *_, count in rows] == [counts.sum(), 40, 40, 40]
+
+
+def test_garbage_shows_nobody(data):
+    found = gates.garbage(data, 0)
+    for scene, image, empty, cut in zip(
+        data.scenes, data.images, found["empty backgrounds"], found["shuffled patches"], strict=True
+    ):
+        nobody = render(scene).mask == 0
+        if scene.prop is None:
+            assert (empty[nobody] == image[nobody]).all(axis=-1).mean() > 0.85  # but for the figures' edges
+        assert (empty[~nobody] != image[~nobody]).any(axis=-1).mean() > 0.9
+        assert not np.array_equal(cut, image)
+        patches = [
+            sorted(x[i : i + 8, j : j + 8].tobytes() for i in range(0, 64, 8) for j in range(0, 64, 8))
+            for x in (cut, image)
+        ]
+        assert patches[0] == patches[1]
+
+
 def test_segmenter_that_finds_half_of_everybody(data):
     finder = Finder(data.images, data.masks, 2)
 
