@@ -120,7 +120,7 @@ def draw(config: SpeedConfig) -> Pictures:
         rng = generator(0, f"speed/{person.id}", 0)
         found.photos[person.id] = Image.fromarray(render_subject(person, sample_appearance(rng)).image)
         for number in range(config.prompts):
-            scene = sample_scene(generator(0, f"speed/{person.id}", 1 + number), [person])
+            scene = sample_scene(generator(0, "speed", number), [person])  # the same context for all
             prompt = task_caption(scene, generator(0, "speed", number), plain).text
             found.rows.append({"subjects": [person.id], "prompt": prompt})
             found.images.append(Image.fromarray(render(scene).image))

@@ -59,6 +59,7 @@ def test_one_at_a_time_nothing_is_kept_and_in_batches_nothing_is_done_twice(judg
     looked.clear(), read.clear()
     speed.score(judges, pictures, 6)
     prompts = len({row["prompt"] for row in pictures.rows})
+    assert prompts == 3
     assert (looked, read) == ([2, *[size] * (6 // size)], [prompts])
 
 

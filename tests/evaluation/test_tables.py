@@ -118,6 +118,14 @@ def test_context_table_counts_what_was_left_out(files):
     assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.0000", "-5.0000")
 
 
+def test_context_table_is_of_swaps_alone(files):
+    """Other kinds whose subjects share their noise have pairs, too."""
+    before = run(files, files / "tables")["context.csv"]
+    others = [{**row, "kind": "occluded", "psnr": 5.0, "ssim": 0.1} for row in kept_rows()]
+    write_rows(files / "kept.parquet", kept_rows() + others, KEPT)
+    assert run(files, files / "tables")["context.csv"] == before
+
+
 def test_method_whose_pairs_were_all_left_out_stays_in_the_context_table(files):
     rows = kept_rows()
     for row in rows:

@@ -173,6 +173,8 @@ def test_a_killed_run_and_shards_give_what_one_run_gives(config, inputs, tmp_pat
         assert all(torch.equal(found[key], value) for key, value in whole.items())
         files = [(tmp_path / folder / "config.json").read_bytes() for folder in ("whole", name)]
         assert files[0] == files[1]
+        costs = [json.loads((tmp_path / folder / "train.json").read_text()) for folder in ("whole", name)]
+        assert costs[0]["trained_parameters"] == costs[1]["trained_parameters"]
     assert not list((tmp_path / ".checkpoints").iterdir())
 
 
