@@ -11,6 +11,7 @@ Both ways take turns, so that what else the machine does falls on both; the medi
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from moa.methods import ModelSource
 from moa.miniature.captions import Wording, task_caption
 from moa.miniature.dataset import generator
 from moa.miniature.render import render, render_subject
-from moa.miniature.world import identities, sample_appearance, sample_scene
+from moa.miniature.world import Identity, Scene, identities, sample_appearance, sample_scene
 
 Values = NDArray[np.float64]  # [N, …]: what was computed of each image
 Way = Callable[[], Values]
@@ -113,18 +114,26 @@ class Pictures:
 
 
 def draw(config: SpeedConfig) -> Pictures:
-    """True pictures of validation identities, each with a true caption as its prompt."""
+    """True pictures of validation identities in the same contexts, with the first one's captions as prompts."""
     found = Pictures([], [], {})
-    plain = Wording(1.0, 0.0, 0.0)
-    for person in identities("validation")[: config.subjects]:
+    people = identities("validation")[: config.subjects]
+    prompts = [
+        task_caption(_scene(people[0], number), generator(0, "speed", number), Wording(1.0, 0.0, 0.0)).text
+        for number in range(config.prompts)
+    ]
+    for person in people:
         rng = generator(0, f"speed/{person.id}", 0)
         found.photos[person.id] = Image.fromarray(render_subject(person, sample_appearance(rng)).image)
-        for number in range(config.prompts):
-            scene = sample_scene(generator(0, "speed", number), [person])  # the same context for all
-            prompt = task_caption(scene, generator(0, "speed", number), plain).text
-            found.rows.append({"subjects": [person.id], "prompt": prompt})
-            found.images.append(Image.fromarray(render(scene).image))
+        for number, prompt in enumerate(prompts):
+            text = re.sub(r"\b(wo)?man\b", person.class_word, prompt)
+            found.rows.append({"subjects": [person.id], "prompt": text})
+            found.images.append(Image.fromarray(render(_scene(person, number)).image))
     return found
+
+
+def _scene(person: Identity, number: int) -> Scene:
+    """Someone in the context of that number."""
+    return sample_scene(generator(0, "speed", number), [person])
 
 
 def in_parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
