@@ -114,7 +114,7 @@ class Pictures:
 
 
 def draw(config: SpeedConfig) -> Pictures:
-    """True pictures of validation identities in the same contexts; the first one's captions are the prompts."""
+    """True pictures of validation identities in the same contexts; the captions of the first are prompts."""
     found = Pictures([], [], {})
     people = identities("validation")[: config.subjects]
     prompts = [
