@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from moa.evaluation.features import Judges, ScoreConfig
-from moa.evaluation.identity import DetectorConfig, EmbedderConfig, FaceNetEmbedder
+from moa.evaluation.identity import FaceNetEmbedder
 from moa.evaluation.prompt import ClipJudge
 from moa.evaluation.samples import Row
 from moa.evaluation.score import reference_features, score_row
 from moa.files import write_atomically
 from moa.machine import processor
-from moa.methods import ModelSource
 from moa.miniature.captions import Wording, task_caption
 from moa.miniature.dataset import generator
 from moa.miniature.render import render, render_subject
@@ -69,39 +68,19 @@ VIT_L14: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
-    """Settings of the stage `benchmark-scoring`."""
+class SpeedConfig(ScoreConfig):
+    """Settings of the stage `benchmark-scoring`: those of the judges, and what they look at."""
 
-    clip_judge: ModelSource
-    segmenter: ModelSource
-    identity: EmbedderConfig = field(default_factory=EmbedderConfig)
-    detector: DetectorConfig = field(default_factory=DetectorConfig)
-    segmenter_threshold: float = 0.8  # least score of a segment
     subjects: int = 8  # of whom pictures are drawn
     prompts: int = 12  # pictures of each
-    batch_size: int = 32  # images through a judge at once
     repeats: int = 5  # turns
     true_size_images: int = 8  # for judges of true size, all in one batch; 0 leaves these out
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("subjects", "prompts", "batch_size", "repeats"):
+        super().__post_init__()
+        for name in ("subjects", "prompts", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
-
-    def judges(self) -> Judges:
-        """The judges that score."""
-        return Judges(
-            ScoreConfig(
-                self.clip_judge,
-                self.segmenter,
-                self.identity,
-                self.detector,
-                segmenter_threshold=self.segmenter_threshold,
-                batch_size=self.batch_size,
-                device=self.device,
-            )
-        )
 
 
 @dataclass(frozen=True)
@@ -226,7 +205,7 @@ def compare(one: Way, batch: Way, repeats: int, name: str) -> dict[str, float]:
 
 def measure(config: SpeedConfig) -> Iterator[dict[str, Any]]:
     """The table's rows."""
-    pictures, judges = draw(config), config.judges()
+    pictures, judges = draw(config), Judges(config)
     images, size = pictures.images, config.batch_size
     about = {"models": "configured", "images": len(images), "batch_size": size, "repeats": config.repeats}
     ways: dict[str, tuple[Way, Way]] = {

@@ -171,20 +171,28 @@ def reconstruct(vae: Any, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 # --- Annotators and the judge of prompts ------------------------------------------------------------------
 
 
+def find_figures(finder: PersonFinder, data: corpus.Corpus) -> tuple[NDArray[Any], list[bool]]:
+    """IoU of every true figure with its best segment (0 where it was not found), and whether counts agree."""
+    best: list[float] = []
+    agree: list[bool] = []
+    for start in range(0, len(data), 64):
+        part = slice(start, start + 64)
+        found = finder([Image.fromarray(image) for image in data.images[part]])
+        for scene, mask, persons in zip(data.scenes[part], data.masks[part], found, strict=True):
+            ids = np.zeros_like(mask)
+            for k, person in enumerate(persons.masks):
+                ids[person] = k + 1
+            best += [float(row.max(initial=0.0)) for row in overlaps(ids, mask, len(scene.identities))]
+            agree.append(len(persons.masks) == len(scene.identities))
+    return np.array(best), agree
+
+
 def measure_segmenter(finder: PersonFinder, data: corpus.Corpus) -> list[Row]:
-    """Mean IoU of every true figure with its best segment (0 where it was not found), and counts."""
-    found = finder([Image.fromarray(i) for i in data.images])
-    ious, counts = [], []
-    for scene, mask, persons in zip(data.scenes, data.masks, found, strict=True):
-        ids = np.zeros_like(mask)
-        for k, person in enumerate(persons.masks):
-            ids[person] = k + 1
-        table = overlaps(ids, mask, len(scene.identities))
-        ious += [float(row.max(initial=0.0)) for row in table]
-        counts.append(len(persons.masks) == len(scene.identities))
+    """Mean IoU of every true figure with its best segment, and how often as many are found as there are."""
+    ious, agree = find_figures(finder, data)
     return [
-        ("segmenter", "IoU", float(np.mean(ious)), 0.9, len(ious)),
-        ("segmenter", "right number of people", float(np.mean(counts)), None, len(counts)),
+        ("segmenter", "IoU", float(ious.mean()), 0.9, len(ious)),
+        ("segmenter", "right number of people", float(np.mean(agree)), None, len(agree)),
     ]
 
 
@@ -206,18 +214,8 @@ def garbage(data: corpus.Corpus, seed: int) -> dict[str, NDArray[np.uint8]]:
 
 def measure_detector(finder: PersonFinder, data: corpus.Corpus, seed: int) -> list[Row]:
     """Share of the figures that are found, and of pictures of nobody in which somebody is."""
-    best: list[float] = []
-    for start in range(0, len(data), 64):
-        part = slice(start, start + 64)
-        found = finder([Image.fromarray(image) for image in data.images[part]])
-        for scene, mask, persons in zip(data.scenes[part], data.masks[part], found, strict=True):
-            ids = np.zeros_like(mask)
-            for k, person in enumerate(persons.masks):
-                ids[person] = k + 1
-            best += [float(row.max(initial=0.0)) for row in overlaps(ids, mask, len(scene.identities))]
-    rows: list[Row] = [
-        ("detector", "recall, IoU above .5", float(np.mean(np.array(best) > FOUND)), None, len(best))
-    ]
+    best, _ = find_figures(finder, data)
+    rows: list[Row] = [("detector", "recall, IoU above .5", float(np.mean(best > FOUND)), None, len(best))]
     for name, pictures in garbage(data, seed).items():
         parts = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
         seen = [len(p.masks) > 0 for part in parts for p in finder([Image.fromarray(x) for x in part])]

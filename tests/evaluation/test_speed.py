@@ -23,7 +23,7 @@ SMALL = VIT_L14 | {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layer
 @pytest.fixture
 def table(judges, tmp_path, monkeypatch):
     """The whole stage with untrained judges, and with a CLIP of few parameters."""
-    monkeypatch.setattr(SpeedConfig, "judges", lambda self: judges)
+    monkeypatch.setattr(speed, "Judges", lambda config: judges)
     monkeypatch.setattr(speed, "VIT_L14", SMALL)
     speed.run(CONFIG, tmp_path / "scoring.csv")
     return list(csv.DictReader((tmp_path / "scoring.csv").open()))

@@ -433,9 +433,9 @@ def test_the_text_tower_tells_apart_what_lay_together_and_hardly_moves(data, tmp
         return float((states[0] - states[1]).norm())
 
     assert apart("sweater", "shirt") == 0
-    budget = Budget(steps=20, batch_size=8, lr=1e-3, warmup=1)
+    budget = Budget(steps=100, batch_size=16, lr=1e-3, warmup=1)
     text_recipe.train(budget, data, tmp_path, tower)
-    assert apart("sweater", "shirt") > 0.3
+    assert apart("sweater", "shirt") > 5  # without the heads, rounding alone brings them 1 apart
     assert float(log(tmp_path)[-1]["moved"]) < 1  # states that have nothing in common differ by 2
 
 

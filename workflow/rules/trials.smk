@@ -62,6 +62,7 @@ use rule compare_swaps as trial_kept with:
     input:
         samples=f"{TRIAL}/samples.parquet",
         features=f"{TRIAL}/features.parquet",
+        models=models("lpips"),
     output:
         f"{TRIAL}/kept.parquet",
     log:
@@ -80,6 +81,7 @@ use rule compare_prior as trial_preserved with:
         features=f"{TRIAL}/features.parquet",
         prior=trial_prior("samples.parquet"),
         prior_features=trial_prior("features.parquet"),
+        models=models("lpips"),
     output:
         f"{TRIAL}/preserved.parquet",
     log:
