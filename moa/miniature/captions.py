@@ -2,6 +2,7 @@
 
 *Task captions* name only the class word and the context, so that identity must come from the subject image.
 *Web captions* also name appearance: they teach the text encoder and the prior what hair and hats are.
+*Loose captions* say less, in a wording of their own: they teach both to read prompts that are no captions.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Wording:
 
 TASK = Wording()
 WEB = Wording(identity=0.75)
+LOOSE = Wording(context=0.5, identity=0.3)
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
@@ -150,3 +152,14 @@ def task_caption(scene: Scene, rng: np.random.Generator, wording: Wording = TASK
 def web_caption(scene: Scene, rng: np.random.Generator, wording: Wording = WEB) -> Caption:
     """Context and appearance, such as "a woman with a red bun in a green hoodie, sad, in space"."""
     return caption(scene, rng, wording)
+
+
+def loose_caption(scene: Scene, rng: np.random.Generator) -> Caption:
+    """A caption as people type prompts: less is said, half the commas and a quarter of the articles are missing.
+
+    It marks no class words.
+    """
+    said = caption(scene, rng, LOOSE)
+    text = re.sub(",", lambda comma: comma[0] if rng.random() < 0.5 else "", said.text)
+    text = re.sub(r"\ban? ", lambda article: article[0] if rng.random() < 0.75 else "", text)
+    return Caption(text, (), said.facts)

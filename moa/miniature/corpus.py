@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from moa.files import write_atomically
 from moa.hashing import code_hash, settings_hash
-from moa.miniature.captions import Caption, task_caption, web_caption
+from moa.miniature.captions import Caption, loose_caption, task_caption, web_caption
 from moa.miniature.render import render
 from moa.miniature.world import Scene, Split, identities, labels, sample_scene
 
@@ -51,11 +51,18 @@ class Corpus:
         single, double = self._by_figures
         return np.where(rng.random(size) < pairs, rng.choice(double, size), rng.choice(single, size))
 
-    def captions(self, indices: np.ndarray, rng: np.random.Generator, web_share: float) -> list[Caption]:
-        """A new caption for each scene: a web caption with probability `web_share`, else a task caption."""
-        return [
-            (web_caption if rng.random() < web_share else task_caption)(self.scenes[i], rng) for i in indices
-        ]
+    def captions(
+        self, indices: np.ndarray, rng: np.random.Generator, web_share: float, loose_share: float = 0.0
+    ) -> list[Caption]:
+        """A new caption for each scene: a loose one with probability `loose_share`; of all others, a web
+        caption with probability `web_share`, else a task caption."""
+
+        def one(scene: Scene) -> Caption:
+            if loose_share and rng.random() < loose_share:
+                return loose_caption(scene, rng)
+            return (web_caption if rng.random() < web_share else task_caption)(scene, rng)
+
+        return [one(self.scenes[i]) for i in indices]
 
     def labels(self, figure: int = 0) -> dict[str, np.ndarray]:
         """Class index [N] of every attribute of one figure; −1 where the scene lacks that figure."""

@@ -27,7 +27,7 @@ from moa.evaluation.prompt import ClipJudge
 from moa.files import write_atomically
 from moa.miniature import corpus, models
 from moa.miniature.annotation import caption_cases, overlaps
-from moa.miniature.captions import Wording, caption, task_caption
+from moa.miniature.captions import Wording, caption, loose_caption, task_caption
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
 from moa.miniature.render import background, render
@@ -305,7 +305,11 @@ def measure_prior(
     boxes = [box(p.masks[0].astype(np.uint8), 0) if len(p.masks) else None for p in people]
     found = judge(list(images), [b or (0, 0, 64, 64) for b in boxes])
     right = _accuracy(found, (labels(s) for s in scenes))
-    two = [len(p.masks) == 2 for p in finder([Image.fromarray(i) for i in pair_images])]
+    loose_images = draw(pipeline, [loose_caption(s, rng).text for s in pairs], settings)
+    two, loose = (
+        float(np.mean([len(p.masks) == 2 for p in finder([Image.fromarray(i) for i in drawn])]))
+        for drawn in (pair_images, loose_images)
+    )
     rows: list[Row] = [
         ("prior", f"drawn as named: {n}", right[n], 0.8, len(scenes)) for n in ("class", *CONTEXT_ATTRIBUTES)
     ]
@@ -317,9 +321,10 @@ def measure_prior(
             None,
             len(people),
         ),
-        ("prior", "two people where two are named", float(np.mean(two)), 0.9, len(pairs)),
+        ("prior", "two people where two are named", two, 0.9, len(pairs)),
+        ("prior", "two people where two are named loosely", loose, 0.9, len(pairs)),
     ]
-    return rows, np.concatenate([images[:48], pair_images[:16]])
+    return rows, np.concatenate([images[:40], pair_images[:16], loose_images[:8]])
 
 
 def measure_likeness(

@@ -88,12 +88,12 @@ def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts)
 
 
 def _train_on(
-    start: str, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+    start: str, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts, loose_share: float = 0.0
 ) -> tuple[nn.Module, float]:
     """Train the U-Net `start` on, for the details."""
     unet = UNet2DConditionModel.from_pretrained(parts[start])
     autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
-    return prior.train(budget, data, folder, autoencoder, _tower(parts), unet)
+    return prior.train(budget, data, folder, autoencoder, _tower(parts), unet, loose_share)
 
 
 def _train_decoder(
@@ -120,7 +120,7 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "details": partial(_train_on, "unet"),
     "finish": partial(_train_on, "details"),
     "text": _train_text,
-    "polish": partial(_train_on, "finish"),
+    "polish": partial(_train_on, "finish", loose_share=prior.LOOSE_SHARE),
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),

@@ -40,7 +40,7 @@ from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
 from moa.miniature.recipes.prior import encode_texts
 from moa.miniature.tokenizer import load_tokenizer
-from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES
+from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES, EXPRESSIONS
 from tests.miniature.trainings import copied, equal, log, weights
 
 LOADERS = {
@@ -407,7 +407,8 @@ def test_captions_name_what_they_say_and_no_more():
     scenes = [corpus.scene("pretrain", i, 0, pair_share=0.5, prop_share=0.5) for i in range(60)]
     captions = [web_caption(scene, np.random.default_rng(i)) for i, scene in enumerate(scenes)]
     targets = text_recipe.told(captions)
-    assert set(targets) == set(text_recipe.NAMES)
+    assert set(targets) == set(text_recipe.CLASSES)
+    assert targets.pop("people").tolist() == [len(s.identities) - 1 for s in scenes]
     said = 0
     for row, caption in enumerate(captions):
         named = {n: int(t[row]) for n, t in targets.items() if t[row] >= 0}
@@ -418,6 +419,27 @@ def test_captions_name_what_they_say_and_no_more():
         said += len(named)
     assert said > 300
     assert any(len(s.identities) == 2 for s in scenes) and any(s.prop for s in scenes)
+
+
+def test_loose_captions_are_in_words_of_their_own_and_state_their_facts(data):
+    rng = np.random.default_rng(0)
+    indices = rng.integers(len(data), size=200)
+    trained = data.captions(indices, rng, 0.5)
+    loose = data.captions(indices, rng, 0.5, loose_share=1.0)
+    some = data.captions(indices, rng, 0.5, loose_share=0.3)
+    assert all(c.spans for c in trained) and not any(c.spans for c in loose)
+    assert 0.2 < np.mean([not c.spans for c in some]) < 0.4
+    whole, less = (" ".join(c.text for c in captions) for captions in (trained, loose))
+    assert less.count(",") < 0.5 * whole.count(",")
+    assert len(less.split()) < 0.8 * len(whole.split())
+    for caption, index in zip(loose, indices, strict=True):
+        facts = caption.facts["figures"]
+        assert len(facts) == len(data.scenes[index].identities)
+        assert len(re.findall(r"\b(?:man|woman|person)\b", caption.text)) == len(facts)
+        for figure in facts:
+            assert figure.get("class", "person") in caption.text
+            moods = EXPRESSIONS[figure["expression"]] if "expression" in figure else [""]
+            assert any(mood in caption.text for mood in moods)
 
 
 def test_the_text_tower_tells_apart_what_lay_together_and_hardly_moves(data, tmp_path):

@@ -19,6 +19,7 @@ from moa.miniature.recipes.vae import encode_latents, head_weights
 from moa.miniature.tokenizer import load_tokenizer
 
 DROP = 0.1  # captions replaced by the empty text, for guidance
+LOOSE_SHARE = 0.2  # of the captions in the last training
 WEB_SHARE = 0.6  # web captions name appearance, task captions do not: prompts at use are of the second kind
 
 
@@ -45,6 +46,7 @@ def loss_function(
     corpus: Corpus,
     budget: Budget,
     density: Tensor,
+    loose_share: float = 0.0,
 ) -> LossFunction:
     """The loss on v, timesteps drawn with `density` [T], pixels weighted with the figures' heads."""
     alphas = models.scheduler().alphas_cumprod
@@ -52,7 +54,7 @@ def loss_function(
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         indices = rng.integers(len(corpus), size=budget.batch_size)
-        texts = [c.text for c in corpus.captions(indices, rng, WEB_SHARE)]
+        texts = [c.text for c in corpus.captions(indices, rng, WEB_SHARE, loose_share)]
         texts = ["" if rng.random() < DROP else t for t in texts]
         rows = torch.from_numpy(indices)
         x, noise = latents[rows], torch.randn(budget.batch_size, *latents.shape[1:])
@@ -73,6 +75,7 @@ def train(
     vae: AutoencoderKL,
     text: CLIPTextModel,
     unet: UNet2DConditionModel | None = None,
+    loose_share: float = 0.0,
 ) -> tuple[nn.Module, float]:
     """Train the U-Net on latents and texts of frozen models; returns it and the seconds spent.
 
@@ -86,6 +89,6 @@ def train(
     unet.set_attn_processor(AttnProcessor())  # on CPU, SDPA's backward would be 40 % of a step
     latents = encode_latents(vae.eval(), corpus.images)
     text = text.eval().requires_grad_(False)
-    loss = loss_function(unet, text, latents, corpus, budget, density)
+    loss = loss_function(unet, text, latents, corpus, budget, density, loose_share)
     seconds = fit(unet, loss, budget, folder)
     return unet.eval(), seconds
