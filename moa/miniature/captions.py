@@ -155,7 +155,7 @@ def web_caption(scene: Scene, rng: np.random.Generator, wording: Wording = WEB) 
 
 
 def loose_caption(scene: Scene, rng: np.random.Generator) -> Caption:
-    """A caption as people type prompts: less is said, half the commas and a quarter of the articles are missing.
+    """A caption as people type prompts: less is said, half the commas and a quarter of the articles are gone.
 
     It marks no class words.
     """

@@ -34,7 +34,8 @@ class TrainConfig:
     # Accelerate's mixed precision; "no" = 32-bit floats, "auto" = bf16 where the device has it, else no
     precision: Literal["no", "fp16", "bf16", "auto"] = "no"
     # Noise and conditions
-    max_timestep: int = 800  # timesteps are uniform in [0, max_timestep) [paper]
+    max_timestep: int = 800  # timesteps are drawn from [0, max_timestep) [paper]
+    timesteps: Literal["uniform", "cubic"] = "uniform"  # [paper]; cubic: mostly high ones [T2I-Adapter]
     p_drop: float = 0.1  # probability that a sample loses text and subjects [paper]
     keep_object: float = 1.0  # probability that a subject of a kept sample keeps its image [FastComposer: .9]
     masked_probability: float = 1.0  # share of batches with the masked loss [paper: all; FastComposer: .5]

@@ -201,8 +201,15 @@ class Records(Dataset[dict[str, Any]]):
             "pixels": None if self.config.cache else self.pixels(number),
             "noise": keyed_noise(shape, seed, index, "noise"),
             "posterior_noise": keyed_noise(shape, seed, index, "posterior"),
-            "timestep": int(keyed_generator(seed, index, "timestep").integers(self.config.max_timestep)),
+            "timestep": self._timestep(keyed_generator(seed, index, "timestep")),
         }
+
+    def _timestep(self, rng: np.random.Generator) -> int:
+        """In [0, max_timestep): uniform, or (1 − u³) of it, u uniform (T2I-Adapter, arXiv 2302.08453)."""
+        limit = self.config.max_timestep
+        if self.config.timesteps == "uniform":
+            return int(rng.integers(limit))
+        return min(int((1 - rng.random() ** 3) * limit), limit - 1)
 
     def _masks(self, number: int, example: Example) -> torch.Tensor:
         size = (self.sizes.latent, self.sizes.latent)

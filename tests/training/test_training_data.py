@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_timesteps_and_drops_have_their_rates(models, shards):
     steps = [records[i]["timestep"] for i in range(600)]
     assert min(steps) < 40
     assert 760 < max(steps) < 800
+    assert np.mean(steps) == pytest.approx(400, abs=40)
+
+
+def test_cubic_timesteps_are_mostly_high_ones(models, shards):
+    """t = (1 − u³) T: the mean is 3/4 T, and P(t < T/2) = 1 − (1/2)^(1/3)."""
+    records = data(models, shards, max_timestep=800, timesteps="cubic")
+    steps = np.array([records[i]["timestep"] for i in range(600)])
+    assert steps.mean() == pytest.approx(600, abs=30)
+    assert (steps < 400).mean() == pytest.approx(1 - 0.5 ** (1 / 3), abs=0.05)
+    assert steps.min() >= 0
+    assert 795 < steps.max() < 800
+    zero = SimpleNamespace(random=lambda: 0.0)
+    assert records._timestep(zero) == 799
 
 
 def test_every_process_has_its_part_of_the_batch(models, shards):
