@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
 from moa.data.annotators import ModelSource
@@ -25,11 +26,14 @@ from moa.evaluation.identity import AutoEmbedder, ColorEmbedder, Embedder
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
 from moa.files import write_atomically
+from moa.losses import masked_loss
 from moa.miniature import corpus, models
 from moa.miniature.annotation import caption_cases, overlaps
 from moa.miniature.captions import Wording, caption, loose_caption, task_caption
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES, box, crop
+from moa.miniature.recipes.prior import encode_texts
+from moa.miniature.recipes.vae import encode_latents
 from moa.miniature.render import background, render
 from moa.miniature.world import (
     ATTRIBUTES,
@@ -350,6 +354,39 @@ def measure_likeness(
     return rows
 
 
+TIMESTEPS = (100, 300, 500, 700, 900)
+
+
+@torch.inference_mode()
+def measure_decided(pipeline: Any, data: corpus.Corpus, seed: int) -> list[Row]:
+    """At which timesteps it is decided whom a picture shows: the loss saved by naming the looks.
+
+    `masked_loss` of v on the figure, with a caption of the context alone, less that with a caption that names
+    the looks, too; same pictures, same noise.
+    """
+    chosen = _singles(data)
+    latents = encode_latents(pipeline.vae, data.images[chosen])
+    figures = torch.from_numpy((data.masks[chosen] > 0).astype(np.float32))[:, None]
+    mask = F.avg_pool2d(figures, models.IMAGE_SIZE // models.LATENT_SIZE)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    alphas = models.scheduler().alphas_cumprod
+    rows: list[Row] = []
+    words = [
+        [caption(data.scenes[i], np.random.default_rng(i), wording).text for i in chosen]
+        for wording in (PROMPT, LOOKS)
+    ]
+    silent, told = (encode_texts(pipeline.text_encoder, texts) for texts in words)
+    for t in TIMESTEPS:
+        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        losses = [
+            masked_loss(pipeline.unet(a * latents + s * noise, t, text).sample, a * noise - s * latents, mask)
+            for text in (silent, told)
+        ]
+        saved = float(losses[0] - losses[1])
+        rows.append(("prior", f"loss saved by naming looks, t = {t}", saved, None, len(chosen)))
+    return rows
+
+
 def sheet(images: NDArray[np.uint8], columns: int = 8, zoom: int = 2) -> Image.Image:
     """A contact sheet of equal pictures, white where the last row ends early."""
     blank = np.full((-len(images) % columns, *images.shape[1:]), 255, np.uint8)
@@ -390,7 +427,8 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
     rows += measure_autoencoder(judge, pipeline, data)
     drawn, pictures = measure_prior(pipeline, judge, finder, settings)
     sheet(pictures).save(samples)
-    write(rows + drawn + measure_likeness(pipeline, embedder, finder, settings), output)
+    rows += drawn + measure_likeness(pipeline, embedder, finder, settings)
+    write(rows + measure_decided(pipeline, data, settings.seed), output)
 
 
 def write(rows: Sequence[Row], output: Path) -> None:

@@ -14,9 +14,9 @@ from PIL import Image
 from scipy.stats import mannwhitneyu
 
 from moa.evaluation.persons import Persons
-from moa.miniature import corpus, gates
+from moa.miniature import corpus, gates, models
 from moa.miniature.annotation import read_facts
-from moa.miniature.captions import task_caption
+from moa.miniature.captions import caption, task_caption
 from moa.miniature.gates import PROMPT, GatesConfig
 from moa.miniature.recipes.clip import changed
 from moa.miniature.recipes.judges import FIGURE_ATTRIBUTES
@@ -423,6 +423,34 @@ def test_one_person_for_loose_words_misses_that_gate_alone():
     rows, _ = gates.measure_prior(Pipeline([*images, *images[:5]]), judge, finder, SETTINGS)
     missed = [(measure, value) for _, measure, value, goal, _ in rows if goal and value < goal]
     assert missed == [("two people where two are named loosely", 0.0)]
+
+
+def test_what_naming_looks_saves_is_the_difference_of_masked_losses(data):
+    """A U-Net whose error is 1 everywhere without looks and none with them saves the mask's mean square."""
+    vae, text_encoder = models.vae(), models.text_encoder(models.clip())
+    chosen = gates._singles(data)
+
+    def texts(wording):
+        return [caption(data.scenes[i], np.random.default_rng(i), wording).text for i in chosen]
+
+    told = gates.encode_texts(text_encoder, texts(gates.LOOKS)).detach()
+    alphas = models.scheduler().alphas_cumprod
+    latents = gates.encode_latents(vae, data.images[chosen])
+
+    def knowing(x, t, text):
+        """v of the true latents: x = a z + s e, so v = a e − s z = (a x − z) / s."""
+        a, s = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        return SimpleNamespace(sample=(a * x - latents) / s + (0 if torch.equal(text, told) else 1))
+
+    pipeline = SimpleNamespace(vae=vae, text_encoder=text_encoder, unet=knowing)
+    rows = rows_of(gates.measure_decided(pipeline, data, 0))
+    figures = (data.masks[chosen] > 0).reshape(len(chosen), 16, 4, 16, 4).mean((2, 4))
+    assert rows == {
+        f"loss saved by naming looks, t = {t}": pytest.approx(np.square(figures).mean(), rel=1e-4)
+        for t in gates.TIMESTEPS
+    }
+    pipeline.unet = lambda x, t, text: knowing(x, t, told)  # deaf to words
+    assert set(rows_of(gates.measure_decided(pipeline, data, 0)).values()) == {0.0}
 
 
 def test_likeness_with_and_without_words_counts_the_unseen_as_unlike():
