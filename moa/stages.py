@@ -387,3 +387,10 @@ def model_files(config: Config, role: str) -> list[str]:
             "with `snakemake pretrain` and set `weights` to results/pretrain/weights"
         )
     return files
+
+
+def align_files(config: Config) -> list[str]:
+    """Files of the models that `data.align` names by itself, where they lie in local folders."""
+    known = get(config, "data.align")
+    names = [known.get("spacy"), (known.get("label_model") or {}).get("id")]
+    return [str(file) for name in names if name for file in hashing.model_files(Path(name))]

@@ -94,7 +94,8 @@ rule compare_swaps:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-swaps"),
         code=code("compare-swaps"),
@@ -181,7 +182,8 @@ rule compare_prior:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-prior"),
         code=code("compare-prior"),
@@ -212,7 +214,8 @@ rule compare_methods:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-methods"),
         code=code("compare-methods"),
