@@ -225,7 +225,7 @@ def base_key(name: str, config: MethodConfig) -> str:
         models=[model_hash(f) if f.exists() else str(f) for f in folders],
         revisions=[config.prior.revision, config.image_encoder.revision],
         trained=trained_hash(config.trained),
-        pool=[[s.id, s.word] for s in config.pool],
+        pool=[_described(subject) for subject in config.pool],
         code=code_hash("moa.generation", "moa.baselines.*", "moa.miniature.ceiling"),
         libraries=libraries(),
         device=config.device,
@@ -246,8 +246,12 @@ def describe(request: Request) -> dict[str, Any]:
         "prompt": request.prompt,
         "spans": request.spans,
         "seed": request.seed,
-        "subjects": [[s.id, s.word, sha256(s.image.tobytes())] for s in request.subjects],
+        "subjects": [_described(subject) for subject in request.subjects],
     }
+
+
+def _described(subject: Subject) -> list[str]:
+    return [subject.id, subject.word, sha256(subject.image.tobytes())]
 
 
 def save(image: Image.Image, path: Path, texts: Mapping[str, str]) -> None:

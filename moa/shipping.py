@@ -2,8 +2,8 @@
 
 Entry points, called by `python -m moa provenance` and `python -m moa ship`:
 
-    provenance(results, config, command, output)    rule `made`, after everything else
-    ship(results, output)                           by hand: `python -m moa ship --results results/full`
+    provenance(results, files, config, command, output)  rule `made`, after everything else
+    ship(results, output)                                by hand: `python -m moa ship --results results/full`
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from moa.files import write_atomically
-from moa.hashing import ROOT
+from moa.hashing import ROOT, file_hash
 from moa.report import PACKAGES, installed
 
-FILES = ("made.json", "samples.parquet", "ablations/measures.parquet")
-FOLDERS = {"tables": (".csv", ".md", ".tex"), "figures": (".png",)}
+FOLDERS = ("tables", "figures")  # of what is shipped; replaced there
 SOURCES = ("Snakefile", "workflow", "config", "moa", "notebooks")  # what results depend on
 
 
-def provenance(results: Path, config: str, command: str, output: Path) -> None:
+def provenance(results: Path, files: Sequence[Path], config: str, command: str, output: Path) -> None:
     """Write what made a run, as JSON.
 
     commit: of the sources, null outside of git; changed: files of them that differ from it; seconds: wall
-    time of the jobs by rule, of which several ran side by side; config: the whole configuration.
+    time of the jobs by rule, of which several ran side by side; config: the whole configuration; files: the
+    SHA-256 of what is shipped, by its path below `results`.
 
     Args:
         results: folder of a run.
+        files: of it, those to be shipped.
         config: its whole configuration as JSON.
-        command: what was typed.
+        command: what makes it again; settings that were typed after `--config` stand in the configuration.
         output: file to write.
     """
     about = {
@@ -45,6 +47,7 @@ def provenance(results: Path, config: str, command: str, output: Path) -> None:
         "cores": os.cpu_count(),
         "packages": {name: found for name in PACKAGES if (found := installed(name))},
         "seconds": seconds_of_jobs(results / "benchmarks"),
+        "files": {path.relative_to(results).as_posix(): file_hash(path) for path in sorted(files)},
         "config": json.loads(config),
     }
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
@@ -73,29 +76,32 @@ def seconds_of_jobs(benchmarks: Path) -> dict[str, float]:
 
 
 def ship(results: Path, output: Path = Path("docs/results")) -> None:
-    """Copy a run's tables, figures, samples and provenance, without images, weights and data.
+    """Copy what a run's made.json names, its tables, figures and samples, without images, weights and data.
 
     Args:
         results: folder of a run that is whole, with its made.json.
         output: folder to copy to; its tables and figures are replaced, other files stay.
 
     Raises:
-        FileNotFoundError: the run is not whole.
+        FileNotFoundError: the run is not whole. ValueError: a file is not the one that made.json names.
     """
-    whole = [results / name for name in FILES[:2]]
-    for path in whole:
+    cure = "let the run end first (`snakemake --cores all full`)"
+    made = results / "made.json"
+    for path in (made, *(results / name for name in named(made))):
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: let the run end first (`snakemake --cores all full`)"
-            )
-    for folder, endings in FOLDERS.items():
+            raise FileNotFoundError(f"{path} is missing: {cure}")
+    for name, wanted in named(made).items():
+        if file_hash(results / name) != wanted:
+            raise ValueError(f"{results / name} was made after {made}: {cure}")
+    for folder in FOLDERS:
         shutil.rmtree(output / folder, ignore_errors=True)
-        for path in sorted((results / folder).iterdir()):
-            if path.suffix in endings:
-                copy(path, output / folder / path.name)
-    for name in FILES:
-        if (results / name).is_file():
-            copy(results / name, output / name)
+    for name in (made.name, *named(made)):
+        copy(results / name, output / name)
+
+
+def named(made: Path) -> dict[str, str]:
+    """SHA-256 of the files that made.json names, by their paths; none if it is not there."""
+    return dict(json.loads(made.read_text(encoding="utf-8"))["files"]) if made.is_file() else {}
 
 
 def copy(path: Path, to: Path) -> None:

@@ -16,6 +16,8 @@ import yaml
 from moa import hashing
 from moa.config import merge
 from moa.data.sources.config import KINDS
+from moa.trained import PER_SUBJECT, TRAINED
+from moa.trials import reference
 
 Config = Mapping[str, Any]
 
@@ -246,17 +248,38 @@ def changes(config: Config, grid: str, method: str, name: str) -> Mapping[str, A
 
 
 def trial(config: Config, grid: str, method: str, name: str) -> dict[str, Any]:
-    """The configuration of a trial: `train` and `sampling` change single keys, `models` whole models."""
+    """The configuration of a trial: `train` and `sampling` change single keys, `models` whole models.
+
+    It trains with the first of `train_seeds`, as the main training does that it is compared with.
+    """
     changed = changes(config, grid, method, name)
-    part: dict[str, Any] = {"train": {method: changed["train"]}} if "train" in changed else {}
+    train = (train_seeds(config)[""] if method in TRAINED else {}) | dict(changed.get("train", {}))
+    part: dict[str, Any] = {"train": {method: train}} if train else {}
     part |= {"generate": {"sampling": changed.get("sampling", {})}}
     return merge(config, part) | {"models": {**config["models"], **changed.get("models", {})}}
 
 
+def can_be_tried(config: Config, method: str) -> bool:
+    """Whether there can be trials of a method: it borrows no weights, and none are of the test subjects."""
+    training = TRAINED.get(method)
+    known = method in TRAINED or method in config["methods"]
+    return known and method != "prior" and training in (None, method) and training not in PER_SUBJECT
+
+
 def every_trial(config: Config) -> Iterator[dict[str, Any]]:
-    """The configurations of all trials, to be checked before any of them runs."""
+    """The configurations of all trials, to be checked before any of them runs.
+
+    Raises ValueError naming the key of a method that cannot be tried, or of ablations without a reference.
+    """
     for grid in ("tuning", "ablations"):
         for method, trials in config.get(grid, {}).items():
+            if not can_be_tried(config, method):
+                raise ValueError(
+                    f"{grid}.{method}: only a method with weights of its own, learned from records, or with "
+                    "none, can be tried on validation subjects, such as moa"
+                )
+            if grid == "ablations":
+                reference(method, trials)
             for name in trials:
                 yield trial(config, grid, method, name)
 
@@ -326,7 +349,8 @@ def subjects(config: Config) -> list[str]:
 def methods(config: Config) -> dict[str, list[str]]:
     """Kinds of images that each method makes; methods without any are left out.
 
-    Raises ValueError naming the key of an unknown kind, or if nothing at all is to be made.
+    Raises ValueError naming the key of a kind that is unknown or that the method cannot make, or if nothing
+    at all is to be made.
     """
     known = kinds(config, "test")
     for method, wanted in config["methods"].items():
@@ -337,6 +361,11 @@ def methods(config: Config) -> dict[str, list[str]]:
                 )
             if kind not in config["shards"]:
                 raise ValueError(f"shards.{kind} is missing: into how many jobs to split these images")
+            if kind == "occluded" and TRAINED.get(method) in PER_SUBJECT:
+                raise ValueError(
+                    f"methods.{method}: it cannot make the kind {kind!r}, for it learns each subject from "
+                    "the photo that hides nothing; leave that kind out"
+                )
     made = {method: list(wanted) for method, wanted in config["methods"].items() if wanted}
     if not made:
         raise ValueError(f"methods: no method makes any images; give one a kind of {', '.join(known)}")
@@ -358,3 +387,10 @@ def model_files(config: Config, role: str) -> list[str]:
             "with `snakemake pretrain` and set `weights` to results/pretrain/weights"
         )
     return files
+
+
+def align_files(config: Config) -> list[str]:
+    """Files of the models that `data.align` names by itself, where they lie in local folders."""
+    known = get(config, "data.align")
+    names = [known.get("spacy"), (known.get("label_model") or {}).get("id")]
+    return [str(file) for name in names if name for file in hashing.model_files(Path(name))]

@@ -15,7 +15,7 @@ from typing import Any
 from moa.data.errors import DataError
 from moa.data.records import SUBJECT, Row, sha256, write_rows
 from moa.data.sources import hub
-from moa.data.sources.celeba import SubjectsConfig, check_words, choose, find, identity
+from moa.data.sources.celeba import SubjectsConfig, check_files, check_words, choose, find, identity
 from moa.data.sources.lock import compare, read_lock, write_lock
 from moa.data.sources.quarantine import Quarantined, examine
 from moa.evaluation import protocol as protocols
@@ -42,10 +42,13 @@ def from_dataset(words: Mapping[str, str], config: SubjectsConfig, revision: str
     for row, person in enumerate(loaded[config.identity_column]):
         listed.setdefault(_number(person, config), []).append(str(row))
     rows = choose(words, listed, config)
-    return {
-        subject: (f"row {row}: {identity(subject)}", hub.read(loaded, int(row), photos))
-        for subject, row in rows.items()
-    }
+    try:
+        return {
+            subject: (f"row {row}: {identity(subject)}", hub.read(loaded, int(row), photos))
+            for subject, row in rows.items()
+        }
+    except hub.LeadsOut as why:
+        raise DataError(f"{photos.key}.path: {config.path} cannot be used ({why})") from why
 
 
 def _number(person: Any, config: SubjectsConfig) -> int:
@@ -85,6 +88,7 @@ def run(config: SubjectsConfig, protocol: Path, output: Path, accept: bool = Fal
     words = protocols.load(protocol).split("test").words
     if not words:
         raise ValueError(f"{protocol}: test.subjects must list ids below the words that prompts call them")
+    check_files(words, config)
     photos = config.photos()
     revision, asked, locked = read_lock(config.lock)
     fresh = accept or not config.lock.is_file()

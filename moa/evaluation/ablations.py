@@ -16,6 +16,7 @@ from moa.evaluation.measures import MEASURE, Measures, trial_measures
 from moa.evaluation.samples import Row
 from moa.evaluation.statistics import Interval
 from moa.evaluation.tables import FORMS, Table, limits, save
+from moa.trials import reference
 
 Changes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method: ablation: what it changes
 SHOWN = {
@@ -38,16 +39,6 @@ NOTES = (
 def name_of(method: str, ablation: str) -> str:
     """What an ablation is called among the measures, and in config/claims.yaml."""
     return f"{method}:{ablation}"
-
-
-def reference(method: str, ablations: Mapping[str, Mapping[str, Any]]) -> str:
-    """The ablation that changes nothing. Raises ValueError if there is none."""
-    for name, changed in ablations.items():
-        if not any(changed.values()):
-            return name
-    raise ValueError(
-        f"ablations.{method}: none changes nothing; add `default: {{}}` to compare the others with"
-    )
 
 
 def gather(trials: Sequence[str]) -> list[Row]:

@@ -25,6 +25,7 @@ from moa.evaluation import samples
 from moa.evaluation.samples import KEPT, Row
 from moa.evaluation.statistics import Interval, difference, interval, ratio
 from moa.files import write_atomically
+from moa.trained import TRAINED
 
 ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
 MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
@@ -146,7 +147,7 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
         scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
     notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
-    if (count := len({row["train_seed"] for row in rows} - {None})) > 1:
+    if (count := max(len({row["train_seed"] for row in own}) for own in by_method(rows).values())) > 1:
         notes.append(
             f"Trained methods: mean of {count} trainings; tables/seeds says how far apart these lie."
         )
@@ -391,7 +392,8 @@ def trainings(rows: Rows, kind: str) -> Table:
     """How far trainings with different seeds lie apart: each method's mean, and each difference of two.
 
     value has the interval over subjects, as everywhere; least, most and sd are over the trainings' means, of
-    a difference over all choices of a training of either, with the root of the two variances' sum as sd.
+    a difference over all choices of a training of either, with the root of the two variances' sum as sd. Two
+    methods that use the same weights are compared training by training.
     """
     members, methods = {_key(row): row["subjects"] for row in rows}, by_method(rows)
     table: list[dict[str, Any]] = []
@@ -400,28 +402,38 @@ def trainings(rows: Rows, kind: str) -> Table:
         for method in methods:
             if len(means[method]) > 1:
                 row = {"kind": kind, "metric": metric, "method": method, "trainings": len(means[method])}
-                table.append(row | limits("value", mean_of(methods[method], metric)) | _spread(means[method]))
+                spread = _spread(list(means[method].values()))
+                table.append(row | limits("value", mean_of(methods[method], metric)) | spread)
         for reference, method in combinations(methods, 2):
             if max(len(means[method]), len(means[reference])) > 1:
                 own, other = (_per_request(methods[name], metric) for name in (method, reference))
                 row = {"kind": kind, "metric": metric, "method": method, "minus": reference}
-                row["trainings"] = len(means[method]) * len(means[reference])
                 value = limits("value", difference(own, other, members))
-                table.append(row | value | _spread(means[method], means[reference]))
+                table.append(row | value | _spread_apart(means, method, reference))
     notes = (
         "value: mean over images, with its 95 % interval over subjects. least, most: of the means of "
-        "trainings that differ in their seed alone; of a difference, of all choices of one of either method. "
-        "sd: their standard deviation.",
+        "trainings that differ in their seed alone; of a difference, of all choices of one of either method, "
+        "or of each training of two methods that share theirs. sd: their standard deviation.",
     )
     return Table(SEEDS, table, notes)
 
 
-def _means_of_trainings(rows: Rows, metric: str) -> list[float]:
-    """The mean of each training, in the order of their seeds; of one that was not trained, its only one."""
-    groups: dict[Any, list[float]] = {}
+def _means_of_trainings(rows: Rows, metric: str) -> dict[int | None, float]:
+    """The mean of each training by its seed; of one that was not trained, its only one."""
+    groups: dict[int | None, list[float]] = {}
     for row in sorted(rows, key=lambda row: -1 if row["train_seed"] is None else row["train_seed"]):
         groups.setdefault(row["train_seed"], []).append(row[metric])
-    return [sum(values) / len(values) for values in groups.values()]
+    return {seed: sum(values) / len(values) for seed, values in groups.items()}
+
+
+def _spread_apart(means: Mapping[str, Mapping[int | None, float]], method: str, minus: str) -> dict[str, Any]:
+    """trainings, least, most and sd of the differences of two methods."""
+    own, other = means[method], means[minus]
+    if TRAINED.get(method, method) == TRAINED.get(minus, minus) and own.keys() == other.keys():
+        paired = [own[seed] - other[seed] for seed in own]
+        return {"trainings": len(paired)} | _spread(paired)
+    values = list(own.values()), list(other.values())
+    return {"trainings": len(own) * len(other)} | _spread(*values)
 
 
 def _spread(means: Sequence[float], minus: Sequence[float] = (0.0,)) -> dict[str, float]:

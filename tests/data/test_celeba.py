@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from moa.data import celeba, held_out
 from moa.data.errors import DataError
 from moa.data.held_out import HeldOutConfig
 from moa.data.records import RECORD, SUBJECT, encode_image, encode_mask, read_rows, sha256, write_rows
+from moa.data.sources import listing
 from moa.data.sources.celeba import SubjectsConfig, stamp
 from moa.data.subjects import read_subjects
 from moa.evaluation.protocol import load, requests
@@ -49,6 +51,12 @@ def root(tmp_path: Path) -> Path:
     rows = [f"{name} -1 {sex:2d}  1" for name, sex in zip(names, sexes, strict=True)]
     (root / "list_attr_celeba.txt").write_text("\n".join([str(len(rows)), "Bald Male Young", *rows]) + "\n")
     return root
+
+
+def fastcomposer_photo(root: Path) -> None:
+    """The first subject's photo, as FastComposer's folder has it."""
+    (root / MEN[0]).parent.mkdir()
+    photo(9).save(root / f"{MEN[0]}.jpg")
 
 
 def made(config: SubjectsConfig, output: Path, **options) -> dict[str, dict]:
@@ -124,6 +132,7 @@ def test_the_first_fetch_is_locked(root, tmp_path):
         (lambda root: photo(1, 100).save(root / "img_align_celeba/000003.jpg"), {}, "small_photo"),
         (lambda root: None, {"path": "/nowhere"}, "no folder /nowhere"),
         (lambda root: None, {"files": {MEN[0]: "000004.jpg"}}, "'000004.jpg' is no photo of identity 1"),
+        (lambda root: fastcomposer_photo(root), {"files": {MEN[0]: "000002.jpg"}}, "has 000001/000000023"),
         (lambda root: None, {"files": {"000002/1": "000004.jpg"}}, "000002/1 is no test subject"),
     ],
 )  # fmt: skip
@@ -163,6 +172,45 @@ def test_the_stamp_changes_with_the_chosen_files_alone(root):
 def test_snakemake_reads_the_same_subjects_as_the_stage():
     assert stages.subjects(read("config/paper.yaml")) == list(WORDS)
     assert stages.subjects(read("config/miniature.yaml")) == []
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> SubjectsConfig:
+    """A data set as the hub has it, whose first row names a file that is no part of it."""
+    table = {
+        "image": [encode_image(photo(n)) for n in range(30)],
+        "celeb_id": [int(subject[:6]) for subject in WORDS for _ in range(2)],
+    }
+    photo(31).save(tmp_path / "elsewhere.png")
+    table["image"][0] = {"bytes": None, "path": str(tmp_path / "elsewhere.png")}
+    features = datasets.Features({"image": datasets.Image(decode=False), "celeb_id": datasets.Value("int64")})
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / "hub/train.parquet")
+    return settings(tmp_path / "hub", source="dataset")
+
+
+def test_a_row_that_leads_out_of_the_data_set_is_an_error(data_set, tmp_path):
+    with pytest.raises(
+        DataError, match=r"data\.subjects\.test\.path: .*elsewhere\.png, outside of the data set"
+    ):
+        made(data_set, tmp_path / "test.parquet")
+    assert made(replace(data_set, files={MEN[0]: "1"}), tmp_path / "test.parquet")
+
+
+def test_files_of_nobody_are_an_error_in_a_data_set_too(data_set, tmp_path):
+    with pytest.raises(DataError, match="000001/24 is no test subject of the protocol"):
+        made(replace(data_set, files={MEN[0]: "1", "000001/24": "1"}), tmp_path / "test.parquet")
+
+
+def test_the_stamp_of_a_data_set_changes_with_its_files(data_set):
+    before = stamp(WORDS, data_set)
+    listing._stamps.cache_clear()
+    assert stamp(WORDS, data_set) == before != "absent"
+    with Path(data_set.path, "train.parquet").open("ab") as file:
+        file.write(b"x")
+    listing._stamps.cache_clear()  # Snakemake looks once a run
+    assert stamp(WORDS, data_set) != before
+    assert stamp(WORDS, replace(data_set, path="someone/celeba")) == "absent"
 
 
 def test_a_data_set_is_read_by_its_identities(tmp_path):

@@ -245,6 +245,29 @@ def test_the_spread_over_trainings_is_shown_apart(files):
     assert "seeds.csv" not in run_single_training(files)
 
 
+def test_methods_that_share_their_weights_are_compared_training_by_training(files):
+    """A training that makes both better says nothing of their difference."""
+    rows = [
+        {**row, "train_seed": seed, "ip": row["ip"] + 0.04 * seed, "path": f"{seed}/{row['path']}"}
+        for row in make_rows("single", ("moa", "moa_wrong_subject"))
+        for seed in range(3)
+    ]
+    found = {
+        (row["metric"], row["method"], row.get("minus")): row for row in tables.trainings(rows, "single").rows
+    }
+    gap, own = found["ip", "moa_wrong_subject", "moa"], found["ip", "moa", None]
+    assert gap["trainings"] == own["trainings"] == 3
+    assert gap["least"] == pytest.approx(gap["value"]) and gap["most"] == pytest.approx(gap["value"])
+    assert gap["sd"] == pytest.approx(0, abs=1e-9) and own["sd"] == pytest.approx(0.04)
+
+
+def test_one_training_each_is_no_mean_of_two(files):
+    rows = [
+        r for r in several_trainings() if (r["method"], r["train_seed"]) in (("moa", 1), ("fastcomposer", 0))
+    ]
+    assert not [note for note in tables.quality(rows).notes if "trainings" in note]
+
+
 def run_single_training(files):
     samples.write(files / "samples.parquet", make_rows("single"))
     return run(files, files / "once")

@@ -18,6 +18,7 @@ from PIL import Image
 from moa import generation
 from moa.conditioner import find_words
 from moa.data.errors import DataError
+from moa.data.records import SUBJECT, read_rows, write_rows
 from moa.evaluation import samples
 from moa.generation import GenerateConfig, TryConfig, first_words, generate_one, run
 from moa.methods import Sampling
@@ -99,6 +100,22 @@ def test_whole_images_are_kept_and_broken_ones_made_again(config, requests, subj
         True,
     ]
     assert rows(out) == first
+
+
+def test_a_wrong_subject_with_another_photo_makes_the_image_anew(
+    config, requests, subjects, trained, tmp_path
+):
+    """Another file of the same identity, under the same id: test-0000 is shown as test-0002."""
+    out = tmp_path / "made.parquet"
+    run(config, "moa_wrong_subject", [requests], subjects, out, tmp_path, trained)
+    path = tmp_path / rows(out)[0]["path"]
+    before = Image.open(path).info[generation.KEY]
+    people = read_rows(subjects, SUBJECT)
+    people[2] |= {name: people[1][name] for name in ("image", "sha256")}
+    assert people[2]["id"] == "test-0002"
+    write_rows(tmp_path / "others.parquet", people, SUBJECT)
+    run(config, "moa_wrong_subject", [requests], tmp_path / "others.parquet", out, tmp_path, trained)
+    assert Image.open(path).info[generation.KEY] != before
 
 
 def test_images_of_other_settings_or_weights_are_not_taken(config, requests, subjects, trained, tmp_path):

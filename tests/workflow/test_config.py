@@ -151,6 +151,39 @@ def test_several_training_seeds() -> None:
             check(changed("train_seeds", wrong), SCHEMA)
 
 
+def test_trials_train_with_the_seed_of_what_they_are_compared_with() -> None:
+    config = changed("ablations", {"moa": GRID | {"own": {"train": {"seed": 9}}}}) | {"train_seeds": [5, 6]}
+    main = settings("train-moa", config) | stages.train_seeds(config)[""]
+    assert main["seed"] == 5 != config["train"]["moa"]["seed"]
+
+    def trained(name: str) -> dict[str, Any]:
+        return settings("train-moa", stages.trial(config, "ablations", "moa", name))
+
+    assert trained("trained") == main | {"lr": 1.0e-5}
+    assert trained("again") == main | {"prior": {"id": "elsewhere"}}
+    assert trained("own")["seed"] == 9
+    prior = stages.trial(config, "ablations", "prior", "moa-other")
+    assert prior["train"] == config["train"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "trials", "message"),
+    [
+        ("ablations", {"mao": {"default": {}}}, r"ablations\.mao: only a method with weights of its own"),
+        ("tuning", {"moa_wrong_subject": {"x": {}}}, r"tuning\.moa_wrong_subject: only"),
+        ("ablations", {"textual_inversion": {"default": {}}}, r"ablations\.textual_inversion: only"),
+        ("ablations", {"prior": {"default": {}}}, r"ablations\.prior: only"),
+        ("ablations", {"moa": {"x": {"train": {"lr": 1.0}}}}, r"ablations\.moa: none changes nothing; add"),
+    ],
+)
+def test_trials_that_cannot_end_well_are_named_before_any_runs(grid: str, trials: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(stages.every_trial(changed(grid, trials)))
+    config = changed("methods.portrait", ["single"])  # without weights
+    config["ablations"] = {"portrait": {"default": {}, "x": {"sampling": {"guidance": 2.0}}}}
+    assert len(list(stages.every_trial(config | {"tuning": {}}))) == 2
+
+
 def test_methods_without_images_are_left_out() -> None:
     assert list(methods(changed("methods.moa", []))) == [
         "prior",
@@ -166,6 +199,7 @@ def test_methods_without_images_are_left_out() -> None:
     [
         ("methods.moa", ["single", "swop"], r"methods\.moa: unknown kind 'swop'; .* has single, multi, swap"),
         ("methods", {"moa": []}, "methods: no method makes any images"),
+        ("methods.textual_inversion", ["single", "occluded"], r"methods\.textual_inversion: .*leave that"),
         ("shards", {"single": 1, "multi": 1}, r"shards\.swap is missing"),
         ("protocol", "no/such.yaml", r"no/such\.yaml does not exist; check .* `protocol`"),
         ("protocol", "pyproject.toml", r"protocol pyproject\.toml has no kinds of images at test\.kinds"),

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from moa import stages
 from moa.data.held_out import HeldOutConfig
 from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
@@ -159,3 +160,24 @@ def test_the_page_shows_the_preset_and_links_to_what_exists() -> None:
     assert shown["data"].items() <= PAPER["data"].items()
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", PAGE)
     assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_alignment_follows_its_own_models(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("pipeline", "sentences")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "weights.bin").write_bytes(b"x")
+    own = {"spacy": str(folders[0]), "label_model": {"id": str(folders[1])}}
+    found = stages.align_files({"data": {"align": own}})
+    assert found == [str(folder / "weights.bin") for folder in folders]
+    assert stages.align_files({"data": {"align": {"spacy": "en_core_web_sm", "label_model": None}}}) == []
+    text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
+    [block] = re.findall(r"^rule align:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert "own=stages.align_files(CONFIG)," in block
+
+
+@pytest.mark.parametrize("rule", ["compare_swaps", "compare_prior", "compare_methods"])
+def test_comparisons_ask_for_the_gpu_that_lpips_runs_on(rule: str) -> None:
+    text = (ROOT / "workflow/rules/evaluate.smk").read_text("utf-8")
+    [block] = re.findall(rf"^rule {rule}:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=LPIPS_GPU,", block)

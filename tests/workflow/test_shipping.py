@@ -31,8 +31,16 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+def write_provenance(run: Path) -> None:
+    """made.json, as the workflow has it written."""
+    names = ("tables/main.csv", "tables/main.md", "figures/swap.png", "samples.parquet")
+    files = [run / name for name in names]
+    shipping.provenance(run, files, '{"preset": "x"}', "snakemake full", run / "made.json")
+
+
 def test_a_run_is_copied_without_images_and_weights(run: Path, tmp_path: Path) -> None:
-    (run / "made.json").write_text("{}")
+    write_provenance(run)
+    (run / "tables/tuning.csv").write_text("of another run, which left it here")
     kept = tmp_path / "kept"
     for old in ("tables/old.csv", "README.md"):
         (kept / old).parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +58,23 @@ def test_a_run_that_is_not_whole_is_not_copied(run: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize("name", ["tables/main.csv", "samples.parquet"])
+def test_a_run_that_was_begun_again_is_not_copied(run: Path, tmp_path: Path, name: str) -> None:
+    """made.json is still there when Snakemake has removed, or made anew, what stands before it."""
+    write_provenance(run)
+    shipping.ship(run, tmp_path / "kept")
+    before = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    (run / name).write_text("other numbers")
+    with pytest.raises(ValueError, match=rf"{name} was made after .*made\.json: let the run end first"):
+        shipping.ship(run, tmp_path / "kept")
+    (run / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing: let the run end first"):
+        shipping.ship(run, tmp_path / "kept")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+
+
 def test_provenance_names_command_commit_and_time(run: Path) -> None:
-    shipping.provenance(run, '{"preset": "x"}', "snakemake full", run / "made.json")
+    write_provenance(run)
     about = json.loads((run / "made.json").read_text())
     assert (about["command"], about["config"]) == ("snakemake full", {"preset": "x"})
     assert about["commit"] == shipping.git("rev-parse", "HEAD")

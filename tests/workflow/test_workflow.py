@@ -157,6 +157,17 @@ def test_what_is_left_out_leaves_the_rest(
     assert [name for name in gone if name in said] == []
 
 
+def test_without_a_method_that_trains_no_spread_over_trainings_is_promised(
+    snakemake: Run, weights: Path
+) -> None:
+    """`tables` could not write it."""
+    methods = {name: [] for name in EVERY} | {"prior": ["single"]}
+    changed = {"weights": str(weights), "methods": methods, "train_seeds": [0, 1]}
+    done = snakemake("--dry-run", "tables", config=changed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tables/main.csv" in done.stdout and "tables/seeds" not in done.stdout
+
+
 def test_the_kind_occluded_is_made_from_hidden_photos_and_scored_against_others(
     snakemake: Run, weights: Path
 ) -> None:

@@ -18,6 +18,7 @@ TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names
 TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
+LPIPS_GPU = GPU if CONFIG["models"]["lpips"].get("id") else 0  # comparisons use no other model
 
 
 wildcard_constraints:

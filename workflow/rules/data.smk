@@ -290,6 +290,7 @@ rule align:
         captions=f"{OUT}/data/captions/{{split}}-{{shard}}.parquet",
         segments=f"{OUT}/data/segments/{{split}}-{{shard}}.parquet",
         models=models("prior", "clip_judge"),
+        own=stages.align_files(CONFIG),
     output:
         records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
         rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",

@@ -10,7 +10,8 @@ QUALITY = [
     f"{OUT}/tables/{name}{form}" for name, kind in TABULATED.items() if kind in KINDS for form in FORMS
 ]
 # How far trainings of a method that differ in their seed alone lie apart.
-QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if len(SEEDS) > 1 and KINDS & {"single", "multi"}]
+AGAIN = [kind for method, kinds in METHODS.items() if len(MAKERS[method]) > 1 for kind in kinds]
+QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if {*AGAIN} & {"single", "multi"}]
 DETAILS = [
     f"{OUT}/tables/{name}.csv"
     for name in ("differences", "progress", "groups")
@@ -93,7 +94,8 @@ rule compare_swaps:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-swaps"),
         code=code("compare-swaps"),
@@ -180,7 +182,8 @@ rule compare_prior:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-prior"),
         code=code("compare-prior"),
@@ -211,7 +214,8 @@ rule compare_methods:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
+        gpu=LPIPS_GPU,
     params:
         config=settings("compare-methods"),
         code=code("compare-methods"),

@@ -106,9 +106,8 @@ rule router_notebook:
 
 rule made:
     input:
-        TABLES,
-        FIGURES,
-        f"{OUT}/report.html",
+        shipped=[*TABLES, *FIGURES, *ABLATED, f"{OUT}/samples.parquet"],
+        report=f"{OUT}/report.html",
     output:
         f"{OUT}/made.json",
     log:
@@ -128,7 +127,7 @@ rule made:
     message:
         "Writing down what made {params.results}"
     shell:
-        "python -m moa provenance --results {params.results} --config {params.config:q}"
+        "python -m moa provenance --results {params.results} --files {input.shipped} --config {params.config:q}"
         " --command {params.command:q} --output {output} > {log} 2>&1"
 
 

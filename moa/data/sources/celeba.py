@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from moa.data.errors import DataError
+from moa.data.sources import listing
 from moa.data.sources.config import PhotosConfig
 from moa.data.sources.listing import SUFFIXES, read_lines
 
@@ -84,26 +85,34 @@ def choose(
     return chosen
 
 
+def check_files(subjects: Iterable[str], config: SubjectsConfig) -> None:
+    """Raise DataError if `files` names somebody whom the protocol does not."""
+    unknown = sorted(set(config.files) - set(subjects))
+    if unknown:
+        raise DataError(f"{_Photos.key}.files: {unknown[0]} is no test subject of the protocol")
+
+
 def find(subjects: Iterable[str], config: SubjectsConfig) -> dict[str, str]:
     """The file of each subject, below the folder `config.path`. Raises DataError naming subject and cure."""
     subjects, root = list(subjects), Path(config.path)
     if not root.is_dir():
         raise DataError(f"{_Photos.key}.path: there is no folder {root}; put CelebA there or correct it")
-    unknown = sorted(set(config.files) - set(subjects))
-    if unknown:
-        raise DataError(f"{_Photos.key}.files: {unknown[0]} is no test subject of the protocol")
     exact = {subject: _exact(root, subject) for subject in subjects}
+    if twice := next((exact[subject] for subject in config.files if exact.get(subject)), None):
+        raise DataError(
+            f"{_Photos.key}.files: {root} has {twice}, the protocol's own file; take one of the two away"
+        )
     others = [subject for subject, file in exact.items() if not file]
     if not others:
         return exact
     folder = next((name for name in IMAGES if (root / name).is_dir()), None)
-    listing = next((root / name for name in IDENTITIES if (root / name).is_file()), None)
-    if not folder or not listing:
+    people = next((root / name for name in IDENTITIES if (root / name).is_file()), None)
+    if not folder or not people:
         raise DataError(
             f"{_Photos.key}.path: {root} has neither {others[0]}.jpg nor CelebA's {IDENTITIES[0]} and "
             f"{IMAGES[0]} or {IMAGES[2]}; see docs/data.md"
         )
-    return exact | {s: f"{folder}/{file}" for s, file in choose(others, _identities(listing), config).items()}
+    return exact | {s: f"{folder}/{file}" for s, file in choose(others, _identities(people), config).items()}
 
 
 def _exact(root: Path, subject: str) -> str:
@@ -141,7 +150,12 @@ def check_words(words: Mapping[str, str], files: Mapping[str, str], root: Path) 
 
 
 def stamp(subjects: Iterable[str], config: SubjectsConfig) -> str:
-    """What changes when a subject's file does, without reading it; "absent" if it cannot be told (yet)."""
+    """What changes when a subject's file does, without reading it; "absent" if it cannot be told (yet).
+
+    Of a data set in a folder any of its files counts; one on the hub is pinned by the lock.
+    """
+    if config.source == "dataset":
+        return listing.stamp(config.photos(), {"test": 1})
     try:
         files = find(subjects, config)
         known = [(name, (Path(config.path) / name).stat()) for name in files.values()]
