@@ -6,6 +6,8 @@ import copy
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AddedToken,
     Blip2Config,
@@ -18,6 +20,8 @@ from transformers import (
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     SwinConfig,
 )
 
@@ -29,10 +33,18 @@ LABELS = {0: "background", 1: "person"}
 LENIENT = {"threshold": 0.0, "mask_threshold": 0.3, "overlap": 0.0}
 
 
-def captioner(folder: Path) -> ModelSource:
-    """A random BLIP-2 with an OPT decoder that speaks the miniature's words."""
+def few_words() -> PreTrainedTokenizerFast:
+    """So few that random weights name somebody now and then."""
+    words = ["<pad>", "<s>", "</s>", "a", "man", "woman", "and", "in", "red", "hat", "blue", "hoodie"]
+    model = WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special)
+
+
+def captioner(folder: Path, words: PreTrainedTokenizerBase | None = None) -> ModelSource:
+    """A random BLIP-2 with an OPT decoder that speaks these words, else the miniature's."""
     torch.manual_seed(0)
-    words = copy.deepcopy(load_tokenizer())  # which others share
+    words = copy.deepcopy(words or load_tokenizer())  # others share it
     words.add_tokens([AddedToken("<image>", normalized=False, special=True)], special_tokens=True)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     text = {
