@@ -170,7 +170,7 @@ def run(
     quarantined: Sequence[str | Path] = (),
     phrases: Sequence[str | Path] = (),
 ) -> None:
-    """Describe all shards of a data set. Raises DataError for a bad shard or, saying why, without a record."""
+    """Describe all shards. Raises DataError for a bad shard, or with the reasons if no record is left."""
     kept, refused = read_rows(records, RECORD), read_rows(rejected, REJECTED)
     card = describe(kept, refused, read_rows(quarantined, REJECTED), read_rows(phrases, PHRASES))
     if not kept:  # said here, since Snakemake deletes what a job that fails has written

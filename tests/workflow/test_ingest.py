@@ -259,8 +259,8 @@ def test_random_annotators_go_through_the_rules(
     said = again.stdout + again.stderr
     once = "lock_photos", "files_of_shard", "photos", "quarantine", "caption", "segment", "align", "data_card"
     assert jobs(said) == dict.fromkeys(once, "1"), said
-    [shard] = set(re.findall(r"wildcards: split=(\w+), shard=(\d+)", said))
-    assert "03" in [row["id"] for row in read_rows(project / DATA / f"raw/{'-'.join(shard)}.parquet", RAW)]
+    [shard] = set(re.findall(r"(?:Captioning|Finding people in) (\S+)", said))
+    assert "03" in [row["id"] for row in read_rows(project / DATA / f"raw/{shard}.parquet", RAW)]
 
 
 def test_the_page_names_every_key_source_and_reason() -> None:
