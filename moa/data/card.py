@@ -150,9 +150,7 @@ def tile(record: Row, side: int) -> Image.Image:
 
 
 def contact_sheet(records: Sequence[Row], config: CardConfig) -> Image.Image:
-    """Tiles of records spread evenly over all. Raises DataError if there is none."""
-    if not records:
-        raise DataError("no record to show: every photo was rejected; see the reasons in the data card")
+    """Tiles of records, of which there is at least one, spread evenly over all."""
     tiles = [tile(record, config.side) for record in spread(records, config.images)]
     columns = min(config.columns, len(tiles))
     width, height = tiles[0].size
@@ -172,9 +170,13 @@ def run(
     quarantined: Sequence[str | Path] = (),
     phrases: Sequence[str | Path] = (),
 ) -> None:
-    """Describe all shards of a data set. Raises DataError for a bad shard or if there is no record."""
+    """Describe all shards. Raises DataError for a bad shard, or with the reasons if no record is left."""
     kept, refused = read_rows(records, RECORD), read_rows(rejected, REJECTED)
     card = describe(kept, refused, read_rows(quarantined, REJECTED), read_rows(phrases, PHRASES))
+    if not kept:  # said here, since Snakemake deletes what a job that fails has written
+        raise DataError(
+            f"no record to show: every photo was rejected {card['reasons']}; look at photos and annotators"
+        )
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     write_atomically(json_path, lambda path: path.write_text(text, "utf-8"))
     write_atomically(markdown, lambda path: path.write_text(to_markdown(card), "utf-8"))

@@ -29,11 +29,12 @@ from moa.data.records import (
 )
 from moa.data.segment import SegmentConfig, Segmenter, panoptic
 from moa.methods import ModelSource
+from tests.data import tiny
 
 
 def settings(source: ModelSource, **changes) -> SegmentConfig:
     """A segmenter so lenient that random weights find somebody."""
-    return SegmentConfig(source, **{"threshold": 0.0, "mask_threshold": 0.3, "overlap": 0.0} | changes)
+    return SegmentConfig(source, **tiny.LENIENT | changes)
 
 
 @pytest.fixture(scope="module")

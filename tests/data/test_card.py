@@ -76,7 +76,10 @@ def test_histograms_hold_their_edges():
     assert card.histogram([0, 1, 5, 10], (0, 5, 10)) == {"0–5": 2, "5–10": 2}
 
 
-def test_no_record_at_all_is_an_error(tmp_path):
-    write_rows(tmp_path / "none.parquet", [], RECORD)
-    with pytest.raises(DataError, match="every photo was rejected"):
-        card.contact_sheet([], CardConfig())
+def test_no_record_at_all_is_an_error_that_says_why(tmp_path):
+    refused = [{"id": str(n), "reason": "no_segment", "detail": "nobody found"} for n in range(3)]
+    none, rejected, *made = (tmp_path / name for name in ("none", "all", "c.json", "c.md", "s.png"))
+    write_rows(none, [], RECORD)
+    write_rows(rejected, refused, REJECTED)
+    with pytest.raises(DataError, match=r"every photo was rejected \{'no_segment': 3\}"):
+        card.run(CardConfig(), [none], [rejected], *made)

@@ -26,6 +26,7 @@ from moa.data.sources import lock, photos
 from moa.data.sources.config import PhotosConfig
 from moa.evaluation.identity import MTCNNDetector
 from moa.miniature.annotation import annotation_errors
+from tests.data import tiny
 
 
 @pytest.fixture
@@ -49,8 +50,7 @@ def test_a_photograph_goes_through_every_stage(taken_in, captioner, segmenter, t
     names = ("captions", "segments", "records", "rejected", "phrases")
     captions, segments, records, rejected, phrases = (tmp_path / f"{name}.parquet" for name in names)
     caption.run(CaptionConfig(captioner, max_new_tokens=8), taken_in, captions)
-    lenient = {"threshold": 0.0, "mask_threshold": 0.3, "overlap": 0.0}
-    segment.run(SegmentConfig(segmenter, **lenient), taken_in, segments)
+    segment.run(SegmentConfig(segmenter, **tiny.LENIENT), taken_in, segments)
     config = AlignConfig(tokenizer, "", phrases="lexicon", max_rejected=1.0)
     align.run(config, "train", taken_in, captions, segments, records, rejected, phrases)
 

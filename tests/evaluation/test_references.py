@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from evaluation_fakes import ColorJudges, make_rows
+from PIL import Image
+from skimage.data import astronaut
 
 from moa.data.errors import DataError
+from moa.data.records import SUBJECT, encode_image, write_rows
 from moa.evaluation import features, references, samples
 from moa.evaluation.features import ScoreConfig
+from moa.evaluation.identity import EmbedderConfig
+from moa.hashing import ROOT
 from moa.methods import ModelSource
 
 
@@ -24,3 +29,23 @@ def test_references_are_the_photos_of_who_was_shown(tmp_path, subjects_file, mon
     samples.write(tmp_path / "samples.parquet", [{**row, "subjects": ["s0", "s9"]} for row in wanted])
     with pytest.raises(DataError, match="no photo of subject s9"):
         references.look(config, [tmp_path / "samples.parquet"], subjects_file, tmp_path / "out.parquet")
+
+
+def test_mtcnn_and_its_own_weights_find_the_face_of_a_photograph(tmp_path):
+    """The paper preset's detector, in the stage that uses it; the other judges are the miniature's."""
+    clip, segmenter, embedder = (
+        str(ROOT / "moa/miniature/weights" / name) for name in ("clip_judge", "segmenter", "identity")
+    )
+    config = ScoreConfig(ModelSource(clip), ModelSource(segmenter), EmbedderConfig("auto", embedder))
+    image = encode_image(Image.fromarray(astronaut()))
+    row = {"id": "s0", "identity": "s0", "word": "woman", "image": image, "sha256": ""}
+    write_rows(tmp_path / "subjects.parquet", [row], SUBJECT)
+    shown = [row for row in make_rows("single", ("moa",)) if row["subject"] == "s0"]
+    samples.write(tmp_path / "samples.parquet", shown)
+    files = [tmp_path / "samples.parquet"], tmp_path / "subjects.parquet", tmp_path / "references.parquet"
+    references.look(config, *files)
+    seen = features.read(files[2])["s0"]
+    left, top, right, bottom = seen.detection.boxes[0]
+    assert left < 224 < right and top < 115 < bottom and 0 < seen.face_sizes[0] < 0.1
+    assert len(seen.identity) == len(seen.detection.boxes)
+    np.testing.assert_allclose(np.linalg.norm(seen.identity, axis=1), 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,14 +14,20 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from skimage.data import astronaut
 
 from moa import stages
+from moa.data.errors import REASONS
 from moa.data.held_out import HeldOutConfig
+from moa.data.records import CAPTION, RAW, RECORD, REJECTED, SEGMENT, Row, decode_mask, read_rows
 from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import SUFFIXES, shard_of
 from moa.data.sources.reasons import QUARANTINED
-from moa.hashing import ROOT
+from moa.hashing import ROOT, model_hash
+from moa.miniature.dataset import RenderConfig, draw_scene
+from moa.miniature.render import render
+from tests.data import tiny
 from tests.workflow.conftest import Run
 
 PAPER = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
@@ -36,6 +44,12 @@ def settings(**photos) -> dict:
 
 def jobs(said: str) -> dict[str, str]:
     return {n: c for n, c in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE) if n != "total"}
+
+
+def accept(project: Path, index: Path) -> None:
+    """Say that the photos were meant to change."""
+    arguments = ["lock-photos", "--accept", "--config", "changes.yaml", "--output", str(index)]
+    subprocess.run([sys.executable, "-m", "moa", *arguments], cwd=project, check=True, capture_output=True)
 
 
 @pytest.mark.slow
@@ -68,8 +82,7 @@ def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> Non
     assert "1 changed (03.png). Put the old files back" in log
     assert (project / TARGET).is_file() and index.is_file()  # else everything would be made again
 
-    accept = ["lock-photos", "--accept", "--config", "changes.yaml", "--output", str(index)]
-    subprocess.run([sys.executable, "-m", "moa", *accept], cwd=project, check=True, capture_output=True)
+    accept(project, index)
     done = snakemake("quarantine", "--dry-run", config=config)
     said = done.stdout + done.stderr
     assert jobs(said) == {"lock_photos": "1", "photos": "1", "quarantine": "1"}, said
@@ -82,7 +95,8 @@ def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, proj
     config = settings(path="someone/faces") | {"source": "dataset"}
     data = project / "results/paper/data"
     shards = "train-000", "train-001", "validation-000"
-    made = [f"{folder}/{shard}.parquet" for folder in ("raw", "quarantined") for shard in shards]
+    made = [f"files/{shard}.txt" for shard in shards]
+    made += [f"{folder}/{shard}.parquet" for folder in ("raw", "quarantined") for shard in shards]
     ends = "quarantine.csv", "quarantine.passed", "../benchmarks/quarantine.tsv"
     for name in ("photos.parquet", "photos.checked", *made, *ends):  # as if it had been made
         (data / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +133,8 @@ def test_the_archive_s_records_come_without_annotators(snakemake: Run) -> None:
     config = settings() | {"source": "fastcomposer"}
     done = snakemake("results/paper/data/card.md", "--dry-run", config=config)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = {"lock_photos": "1", "photos": "3", "quarantine": "1", "archive_records": "3", "data_card": "1"}
-    assert jobs(done.stdout) == counts
+    each = dict.fromkeys(("files_of_shard", "photos", "archive_records"), "3")
+    assert jobs(done.stdout) == each | dict.fromkeys(("lock_photos", "quarantine", "data_card"), "1")
 
 
 @pytest.mark.slow
@@ -138,6 +152,116 @@ def test_captions_and_masks_ask_for_a_gpu(rule: str) -> None:
     text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
     [block] = re.findall(rf"^rule {rule}:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=GPU,", block)
+
+
+# --- BLIP-2 and Mask2Former of random weights --------------------------------------------------------------
+
+RANDOM = {
+    "output": "results/random",
+    "source": "folder",
+    "shards": {"train": 1, "validation": 1},
+    "models": {role: {"id": f"models/{role}"} for role in ("captioner", "segmenter")},
+    "data": {
+        "photos": {"path": "photos", "name": "few", "lock": "few.sha256", "held_out": 0.3},
+        "quarantine": {"max_quarantined": 1},
+        "caption": {"max_new_tokens": 16},
+        "segment": tiny.LENIENT,
+        "align": {"min_area": 0.15, "max_rejected": 1.0},
+    },
+}
+DATA = "results/random/data"
+
+
+@pytest.fixture
+def photos(project: Path) -> dict[str, Path]:
+    """A photograph of 512 × 512 pixels, drawn photos of 64 × 64 and 96 × 64, and what is no photo, by id."""
+    folder = project / "photos"
+    folder.mkdir()
+    Image.fromarray(astronaut()).save(folder / "astronaut.png")
+    for number in range(12):
+        scene, _ = draw_scene(RenderConfig(pairs=0.5), "train", number)
+        drawn = render(scene, 64 + 32 * (number % 2)).image
+        Image.fromarray(drawn[:64]).save(folder / f"{number:02d}.png")
+    (folder / "page.jpg").write_text("<html>")
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture
+def revisions(project: Path) -> dict[str, str]:
+    """What rows must say of the random models in `models/`, by role."""
+    for role in RANDOM["models"]:
+        (project / "models" / role).mkdir(parents=True)
+    tiny.captioner(project / "models/captioner", tiny.few_words())
+    tiny.segmenter(project / "models/segmenter")
+    return {role: f"sha256:{model_hash(project / 'models' / role)[:16]}" for role in RANDOM["models"]}
+
+
+def read(project: Path, table: str, schema) -> list[Row]:
+    return read_rows(sorted((project / DATA / table).glob("*-000.parquet")), schema)
+
+
+def check_account(project: Path, photos: dict[str, Path]) -> None:
+    """Every photo is a record, or put aside with a reason that the card counts; kept bytes are the file's."""
+    records, refused = read(project, "records", RECORD), read(project, "rejected", REJECTED)
+    aside = read(project, "quarantined", REJECTED)
+    assert [(row["id"], row["reason"]) for row in aside] == [("page", "no_image")]
+    assert sorted(row["id"] for row in [*records, *refused, *aside]) == sorted(photos)
+    assert records and refused and {row["reason"] for row in refused} <= set(REASONS)
+    assert all(row["image"]["bytes"] == photos[row["id"]].read_bytes() for row in records)
+    card = json.loads((project / DATA / "card.json").read_text("utf-8"))
+    assert (card["photos"], card["records"]) == (len(photos), len(records))
+    assert card["reasons"] == Counter(row["reason"] for row in [*refused, *aside])
+    sheet = Image.open(project / DATA / "card.png")
+    assert sheet.width == min(4, len(records)) * (2 * 160 + 8) and sheet.convert("L").getextrema()[0] < 64
+
+
+def check_revisions(project: Path, revisions: dict[str, str]) -> None:
+    """Rows and records tell the weights that made them."""
+    for role, table, schema in (("captioner", "captions", CAPTION), ("segmenter", "segments", SEGMENT)):
+        made = {(row["model"], row["revision"]) for row in read(project, table, schema)}
+        assert made == {(f"models/{role}", revisions[role])}
+    records = read(project, "records", RECORD)
+    assert {(row["caption_revision"], row["segment_revision"]) for row in records} == {
+        tuple(revisions.values())
+    }
+
+
+def check_masks(project: Path, photos: dict[str, Path]) -> None:
+    """As large as the photo, and still of the pixels that were counted before a mask was written."""
+    found = {row["id"]: row for row in read(project, "segments", SEGMENT)}
+    assert found.keys() == photos.keys() - {"page"} and found["astronaut"]["segments"]
+    for name, row in found.items():
+        mask = decode_mask(row["mask"])
+        assert mask.shape[::-1] == Image.open(photos[name]).size
+        counted = {
+            number: int(count) for number, count in zip(*np.unique(mask, return_counts=True), strict=True)
+        }
+        counted.pop(0, None)
+        assert counted == {segment["segment_id"]: segment["area"] for segment in row["segments"]}
+
+
+@pytest.mark.slow
+def test_random_annotators_go_through_the_rules(
+    snakemake: Run, project: Path, photos: dict[str, Path], revisions: dict[str, str]
+) -> None:
+    """Whatever they say and find, no photo is lost, and one that is replaced redoes its shard to the end."""
+    target = f"{DATA}/card.md"
+    done = snakemake(target, "--cores", "2", config=RANDOM)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_account(project, photos)
+    check_revisions(project, revisions)
+    check_masks(project, photos)
+    again = snakemake(target, "--cores", "2", config=RANDOM)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+    Image.new("RGB", (70, 50), "red").save(photos["03"])
+    accept(project, project / DATA / "photos.parquet")
+    again = snakemake(target, "--dry-run", config=RANDOM)
+    said = again.stdout + again.stderr
+    once = "lock_photos", "files_of_shard", "photos", "quarantine", "caption", "segment", "align", "data_card"
+    assert jobs(said) == dict.fromkeys(once, "1"), said
+    [shard] = set(re.findall(r"(?:Captioning|Finding people in) (\S+)", said))
+    assert "03" in [row["id"] for row in read_rows(project / DATA / f"raw/{shard}.parquet", RAW)]
 
 
 def test_the_page_names_every_key_source_and_reason() -> None:

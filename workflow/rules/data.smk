@@ -174,11 +174,33 @@ if TAKEN_IN:
         shell:
             "python -m moa lock-photos --config {params.config:q} --output {output.index} > {log} 2>&1"
 
-    # In a folder the index is `ancient`: when it is made again, only shards behind which a file has changed (`files`)
-    # follow. A data set on the hub has no files to look at: its shards follow the index.
+    # Of a job below another that runs, Snakemake looks at no parameters, and leaves it out if all that lies between
+    # is `ancient`. So what decides whether a shard is made again is a file of its own, with nothing above it.
+    rule files_of_shard:
+        output:
+            f"{OUT}/data/files/{{split}}-{{shard}}.txt",
+        log:
+            f"{OUT}/logs/files_of_shard/{{split}}-{{shard}}.log",
+        conda:
+            "../../envs/models.yaml"
+        localrule: True
+        threads: 1
+        params:
+            config=settings("photos"),
+            code=code("photos"),
+            files=stamp,
+            shards=lambda wildcards: CONFIG["shards"][wildcards.split],
+        message:
+            "Noting the files behind {wildcards.split}-{wildcards.shard}"
+        shell:
+            "echo {params.files} > {output} 2> {log}"
+
+    # In a folder the index is `ancient`: when it is made again, only shards behind which a file has changed follow. A
+    # data set on the hub has no files to look at: its shards follow the index.
     rule photos:
         input:
-            INDEX if ON_THE_HUB else ancient(INDEX),
+            index=INDEX if ON_THE_HUB else ancient(INDEX),
+            files=f"{OUT}/data/files/{{split}}-{{shard}}.txt",
         output:
             raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
             quarantined=f"{OUT}/data/quarantined/{{split}}-{{shard}}.parquet",
@@ -194,13 +216,12 @@ if TAKEN_IN:
         params:
             config=settings("photos"),
             code=code("photos"),
-            files=stamp,
             shards=lambda wildcards: CONFIG["shards"][wildcards.split],
         message:
             "Taking in photos {wildcards.split}-{wildcards.shard}"
         shell:
             "python -m moa photos --config {params.config:q} --split {wildcards.split} --shard {wildcards.shard}"
-            " --shards {params.shards} --index {input} --raw {output.raw} --quarantined {output.quarantined}"
+            " --shards {params.shards} --index {input.index} --raw {output.raw} --quarantined {output.quarantined}"
             " > {log} 2>&1"
 
     rule quarantine:
