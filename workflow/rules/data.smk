@@ -181,9 +181,9 @@ if TAKEN_IN:
             f"{OUT}/data/files/{{split}}-{{shard}}.txt",
         log:
             f"{OUT}/logs/files_of_shard/{{split}}-{{shard}}.log",
+        localrule: True
         conda:
             "../../envs/models.yaml"
-        localrule: True
         threads: 1
         params:
             config=settings("photos"),
