@@ -442,6 +442,26 @@ def test_loose_captions_are_in_words_of_their_own_and_state_their_facts(data):
             assert any(mood in caption.text for mood in moods)
 
 
+def test_the_text_tower_and_the_last_u_net_alone_learn_from_loose_captions(
+    trained, data, tmp_path, monkeypatch
+):
+    asked, captions = [], corpus.Corpus.captions
+
+    def spy(self, indices, rng, web_share, loose_share=0.0):
+        asked.append(loose_share)
+        return captions(self, indices, rng, web_share, loose_share)
+
+    monkeypatch.setattr(corpus.Corpus, "captions", spy)
+    names = ("vae", "clip", "unet", "details", "finish", "text", "polish")
+    parts = {name: trained(name) for name in names}
+    shares = {}
+    for model in ("details", "finish", "text", "polish"):
+        asked.clear()
+        pretrain.RECIPES[model](Budget(steps=1, batch_size=2, lr=1e-3), data, tmp_path / model, parts)
+        [shares[model]] = asked
+    assert shares == {"details": 0, "finish": 0, "text": 0.5, "polish": 0.2}
+
+
 def test_the_text_tower_tells_apart_what_lay_together_and_hardly_moves(data, tmp_path):
     """Two words with one embedding, as sweater and shirt had nearly: only their captions' states may part."""
     torch.manual_seed(0)
