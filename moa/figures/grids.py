@@ -13,7 +13,7 @@ from moa.data.errors import DataError
 from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.evaluation.samples import Row, open_image
-from moa.figures.layout import PAPER, Column, grid, save
+from moa.figures.layout import Column, grid, label, save
 from moa.methods import Subject
 
 TITLES = {
@@ -147,12 +147,12 @@ def swap(
     titles = ["", *(f"{TITLES.get(method, method)}: {shelf.templates[prompt]}" for method, prompt in wanted)]
     laid = [Column("", "subject", _photos(photos, [name])) for name in shown]
     laid = [
-        Column("", "", [*column.images, *(shelf.image(m, name, p) for m, p in wanted)])
+        Column("", "subjects", [*column.images, *(shelf.image(m, name, p) for m, p in wanted)])
         for column, name in zip(laid, shown, strict=True)
     ]
     if "prior" in shelf.methods:
         first = [shelf.image("prior", shown[0], prompt) for _, prompt in wanted]
-        laid.insert(0, Column("", "prior", [Image.new("RGB", (1, 1), PAPER), *first]))
+        laid.insert(0, Column("", "", [label("prior", cell), *first]))
     save(grid(laid, cell, rows=titles), output)
 
 

@@ -88,6 +88,13 @@ def grid(columns: Sequence[Column], cell: int = 128, rows: Sequence[str] = ()) -
     return canvas
 
 
+def label(text: str, cell: int) -> Image.Image:
+    """A blank cell with a text at its foot, above a column that starts a row lower."""
+    font, image = _font(max(10, cell // 10)), Image.new("RGB", (cell, cell), PAPER)
+    ImageDraw.Draw(image).text((0, cell - GAP), text, fill=INK, font=font, anchor="ld")
+    return image
+
+
 def _place(canvas: Image.Image, image: Image.Image | None, left: int, top: int, cell: int) -> None:
     """Put an image into its cell, whole and centred."""
     if image is None:
