@@ -17,7 +17,7 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moa.choose import spread
 from moa.data.crops import resize_ids
@@ -133,11 +133,12 @@ def overlay(photo: Image.Image, ids: np.ndarray, segment_ids: Sequence[int]) -> 
 
 def tile(record: Row, side: int) -> Image.Image:
     """Photo, mask overlay, and the caption with each subject's word marked, as one picture."""
-    photo = decode_image(record["image"]).resize((side, side), Image.Resampling.LANCZOS)
-    ids = resize_ids(decode_mask(record["mask"]), (side, side))
+    photo = ImageOps.contain(decode_image(record["image"]), (side, side), Image.Resampling.LANCZOS)
+    ids = resize_ids(decode_mask(record["mask"]), photo.size[::-1])
+    x, y = (side - photo.width) // 2, (side - photo.height) // 2
     picture = Image.new("RGB", (2 * side, side + 64), "white")
-    picture.paste(photo, (0, 0))
-    picture.paste(overlay(photo, ids, [s["segment_id"] for s in record["segments"]]), (side, 0))
+    picture.paste(photo, (x, y))
+    picture.paste(overlay(photo, ids, [s["segment_id"] for s in record["segments"]]), (side + x, y))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     lines = wrap(record["caption"], max(10, 2 * side // 6))[:3]
     draw.multiline_text((4, side + 3), "\n".join(lines), "black", font, spacing=2)

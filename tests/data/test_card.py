@@ -13,7 +13,7 @@ from moa.data.align import AlignConfig
 from moa.data.card import CardConfig
 from moa.data.errors import DataError
 from moa.data.parser import PHRASES, Lexicon
-from moa.data.records import RECORD, REJECTED, decode_mask, read_rows, write_rows
+from moa.data.records import RECORD, REJECTED, decode_mask, encode_image, encode_mask, read_rows, write_rows
 
 
 @pytest.fixture
@@ -70,6 +70,20 @@ def test_the_overlay_tints_each_subject_in_its_own_colour():
     assert tinted[0, 1].argmax() == 0
     assert tinted[1, 0].argmax() == 2
     assert (tinted[1, 0] == tinted[1, 1]).all()
+
+
+def test_oblong_photos_keep_their_shape_on_the_sheet(shards):
+    record = read_rows(shards[0], RECORD)[0]
+    ids = np.zeros((20, 60), np.uint8)
+    ids[:, 30:] = record["segments"][0]["segment_id"]
+    black = encode_image(Image.new("RGB", (60, 20)))
+    pixels = np.asarray(card.tile(record | {"image": black, "mask": encode_mask(ids)}, 60))
+    photo, tinted = pixels[:60, :60], pixels[:60, 60:]
+    for half in (photo, tinted):
+        assert (half[:20] == 255).all() and (half[40:] == 255).all()
+    assert (photo[20:40] == 0).all()
+    assert (tinted[20:40, :30] == 0).all() and (tinted[20:40, 30:].argmax(axis=2) == 0).all()
+    assert (tinted[20:40, 30:].max(axis=2) > 0).all()
 
 
 def test_histograms_hold_their_edges():

@@ -514,9 +514,7 @@ def test_shared_heads_read_captions_and_pictures_in_one_place(data):
             chances = model.pooled.heads[name](directions).softmax(dim=1)
             said = [-chances[i, t].log() for i, t in enumerate(target) if t >= 0]
             losses.append(torch.stack(said).mean() if said else torch.tensor(0.0))
-    assert (
-        len(losses) == 12
-    )  # five of each figure, and the background's two
+    assert len(losses) == 12  # five of each figure, and the background's two
     expected = 3 * torch.stack(losses).mean()
     torch.testing.assert_close(model.told(embeds, captions)["told"], expected)
     torch.testing.assert_close(model.told(embeds * 7, captions)["told"], expected)
