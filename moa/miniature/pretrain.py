@@ -125,7 +125,7 @@ RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Modul
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
     "clip_judge": lambda budget, data, folder, parts: clip.train(
-        budget, data, folder, layers=3, web_share=clip.JUDGE_WEB_SHARE, shared=True
+        budget, data, folder, layers=3, web_share=clip.JUDGE_WEB_SHARE
     ),
     "segmenter": lambda budget, data, folder, parts: annotators.train_segmenter(budget, data, folder),
     "captioner": lambda budget, data, folder, parts: annotators.train_captioner(budget, data, folder),

@@ -504,31 +504,6 @@ def test_the_decoder_learns_and_latents_stay_as_they_are(trained):
     assert len(changed) > 0.9 * len(learns)
 
 
-def test_shared_heads_read_captions_and_pictures_in_one_place(data):
-    model = clip_recipe.WithHeads(models.clip(1), shared=True)
-    captions = [web_caption(scene, np.random.default_rng(i)) for i, scene in enumerate(data.scenes[:8])]
-    embeds = torch.randn(8, models.WIDTH, generator=torch.Generator().manual_seed(0))
-    directions, losses = embeds / embeds.norm(dim=1, keepdim=True) * models.WIDTH**0.5, []
-    for name, target in text_recipe.told(captions).items():
-        if name in model.pooled.heads:
-            chances = model.pooled.heads[name](directions).softmax(dim=1)
-            said = [-chances[i, t].log() for i, t in enumerate(target) if t >= 0]
-            losses.append(torch.stack(said).mean() if said else torch.tensor(0.0))
-    assert len(losses) == 12  # five of each figure, and the background's two
-    expected = 3 * torch.stack(losses).mean()
-    torch.testing.assert_close(model.told(embeds, captions)["told"], expected)
-    torch.testing.assert_close(model.told(embeds * 7, captions)["told"], expected)
-    _, seen = model.look(torch.randn(8, 3, 64, 64), {n: t[:8] for n, t in vision.scene_labels(data).items()})
-    assert seen["pooled"].grad_fn is not None
-    assert clip_recipe.WithHeads(models.clip(1)).told(embeds, captions) == {}
-
-
-def test_only_the_judge_shares_its_heads(trained):
-    """The prior's text tower is told by a training of its own."""
-    assert "told" in log(trained("clip_judge"))[0]
-    assert "told" not in log(trained("clip"))[0]
-
-
 def test_the_judge_of_prompts_shares_nothing_with_the_prior(trained):
     """Not even its first random numbers: matrices of the same shape are unlike one another."""
     ours, judges = ({k: v.float() for k, v in weights(trained(m)).items()} for m in ("clip", "clip_judge"))

@@ -13,17 +13,16 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 from moa.miniature import models
-from moa.miniature.captions import Caption, task_caption, web_caption
+from moa.miniature.captions import task_caption, web_caption
 from moa.miniature.corpus import Corpus
 from moa.miniature.fit import Budget, fit
-from moa.miniature.recipes import text, vision
+from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
 from moa.miniature.tokenizer import load_tokenizer
 from moa.miniature.world import ATTRIBUTES, BACKGROUND_ATTRIBUTES, CONTEXT_ATTRIBUTES, Scene, mutate
 
 WEB_SHARE, JUDGE_WEB_SHARE = 0.8, 0.2  # of captions that name appearance, too; prompts never do
 PAIRS = 0.3  # share of pictures with two figures
-SHARED = 3.0  # weight of heads that read both towers
 LOOKING = 0.4  # share of the steps in which the vision tower learns alone
 WHOLE = (0, 0, models.IMAGE_SIZE, models.IMAGE_SIZE)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIPImageProcessor's
@@ -76,13 +75,13 @@ def with_error(scene: Scene, corpus: Corpus, rng: np.random.Generator, web: bool
 
 def contrast(
     corpus: Corpus, indices: np.ndarray, rng: np.random.Generator, web_share: float
-) -> tuple[list[Caption], list[str]]:
-    """A caption of each scene, and the text of the same caption with one thing wrong (if it is mentioned)."""
+) -> tuple[list[str], list[str]]:
+    """A caption of each scene, and the same caption with one thing wrong (if it is mentioned)."""
     right, wrong = [], []
     for i in indices:
         scene, key, web = corpus.scenes[i], int(rng.integers(2**31)), rng.random() < web_share
         write = web_caption if web else task_caption
-        right.append(write(scene, np.random.default_rng(key)))
+        right.append(write(scene, np.random.default_rng(key)).text)
         wrong.append(write(with_error(scene, corpus, rng, web), np.random.default_rng(key)).text)
     return right, wrong
 
@@ -98,54 +97,33 @@ def match(logits: Tensor) -> dict[str, Tensor]:
 
 
 class WithHeads(nn.Module):
-    """A CLIP with heads, for training only, on its patches and on its picture embedding.
+    """A CLIP with heads, for training only, on its patches and on its picture embedding."""
 
-    With `shared`, the heads on the embedding read captions, too, and directions alone: what a word says and
-    what it looks like then have one place. Without, a shirt and a sweater are synonyms to the text tower,
-    for their pictures differ in a collar.
-    """
-
-    def __init__(self, clip: CLIPModel, shared: bool = False):
+    def __init__(self, clip: CLIPModel):
         super().__init__()
-        self.clip, self.shared = clip, shared
+        self.clip = clip
         self.seen = vision.scene_heads(vision.TOKENS * models.WIDTH)
         self.pooled = vision.scene_heads(models.WIDTH)
-
-    def head_loss(self, embeds: Tensor, targets: vision.Labels) -> Tensor:
-        """Loss of the heads on embeddings [B, D]."""
-        if not self.shared:
-            return self.pooled.loss(embeds, targets)
-        return SHARED * self.pooled.loss(F.normalize(embeds.float()) * models.WIDTH**0.5, targets)
-
-    def told(self, embeds: Tensor, captions: list[Caption]) -> dict[str, Tensor]:
-        """The loss of the shared heads on embeddings [B, D] of captions; nothing if they are not shared."""
-        targets = {n: t for n, t in text.told(captions).items() if n in self.pooled.heads}
-        return {"told": self.head_loss(embeds, targets)} if self.shared else {}
 
     def look(self, pixels: Tensor, targets: vision.Labels) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalised embeddings [B, D] of pictures, and the losses of the heads."""
         out = self.clip.vision_model(pixel_values=pixels)
         embeds = self.clip.visual_projection(out.pooler_output)
         seen = self.seen.loss(vision.patches(out.last_hidden_state), targets)
-        return F.normalize(embeds.float()), {"seen": seen, "pooled": self.head_loss(embeds, targets)}
+        return F.normalize(embeds.float()), {"seen": seen, "pooled": self.pooled.loss(embeds, targets)}
 
 
 def train(
-    budget: Budget,
-    corpus: Corpus,
-    folder: Path,
-    layers: int = 4,
-    web_share: float = WEB_SHARE,
-    shared: bool = False,
+    budget: Budget, corpus: Corpus, folder: Path, layers: int = 4, web_share: float = WEB_SHARE
 ) -> tuple[CLIPModel, float]:
     """Train both towers from nothing: first the vision tower learns to see, then both learn to match.
 
     Each caption brings one with one thing wrong (NegCLIP, Yuksekgonul et al., 2023); without, colours and
     backgrounds alone tell a batch's captions apart: then neither tower learns expressions, and a prior that
-    reads the text tower draws men and women alike. `shared`: see `WithHeads`.
+    reads the text tower draws men and women alike.
     """
     torch.manual_seed(budget.seed)
-    model, labels = WithHeads(models.clip(layers), shared), vision.scene_labels(corpus)
+    model, labels = WithHeads(models.clip(layers)), vision.scene_labels(corpus)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         indices = corpus.draw(rng, budget.batch_size, PAIRS)
@@ -154,15 +132,13 @@ def train(
         if step < LOOKING * budget.steps:
             return losses
         right, wrong = contrast(corpus, indices, rng, web_share)
-        texts = [caption.text for caption in right]
-        embeds = model.clip.get_text_features(**tokenize(texts + wrong)).pooler_output
-        logits = model.clip.logit_scale.exp() * images @ F.normalize(embeds.float()).T
-        same = torch.tensor([a == b for a, b in zip(texts, wrong, strict=True)])
+        text = model.clip.get_text_features(**tokenize(right + wrong)).pooler_output
+        logits = model.clip.logit_scale.exp() * images @ F.normalize(text.float()).T
+        same = torch.tensor([a == b for a, b in zip(right, wrong, strict=True)])
         wrong_logits = logits[:, len(indices) :].masked_fill(
             torch.diag(same), -1e4
         )  # right, too: no negative
-        losses |= match(torch.cat([logits[:, : len(indices)], wrong_logits], dim=1))
-        return losses | model.told(embeds[: len(indices)], right)
+        return losses | match(torch.cat([logits[:, : len(indices)], wrong_logits], dim=1))
 
     seconds = fit(model, loss, budget, folder)
     return model.clip.eval(), seconds
@@ -209,9 +185,9 @@ def train_vision(
         rows, columns = torch.from_numpy(np.concatenate([whole, cut])), torch.tensor([0] * half + which)
         embeds, losses = model(pixels, {n: t[rows, columns] for n, t in labels.items()})
         texts = [c.text for c in corpus.captions(whole, rng, WEB_SHARE)]
-        words = clip.get_text_features(**tokenize(texts)).pooler_output
+        text = clip.get_text_features(**tokenize(texts)).pooler_output
         images = F.normalize(embeds[:half].float())
-        return losses | match(clip.logit_scale.exp() * images @ F.normalize(words.float()).T)
+        return losses | match(clip.logit_scale.exp() * images @ F.normalize(text.float()).T)
 
     seconds = fit(model, loss, budget, folder)
     return model.tower.eval(), seconds

@@ -56,11 +56,11 @@ class Heads(nn.Module):
         self.heads = nn.ModuleDict({n: nn.Linear(width, size) for n, size in sizes.items()})
 
     def loss(self, features: Tensor, targets: Labels) -> Tensor:
-        """Mean over the named heads of the cross-entropy; one that no target tells counts as 0."""
+        """Mean over heads of the cross-entropy; a head without any target in the batch counts as 0."""
         losses = [
-            F.cross_entropy(self.heads[n](features).float(), target, ignore_index=-1, reduction="sum")
-            / (target >= 0).sum().clamp(min=1)
-            for n, target in targets.items()
+            F.cross_entropy(head(features).float(), targets[n], ignore_index=-1, reduction="sum")
+            / (targets[n] >= 0).sum().clamp(min=1)
+            for n, head in self.heads.items()
         ]
         return torch.stack(losses).mean()
 
