@@ -35,11 +35,12 @@ ROUTER = pa.schema(
             "layer": pa.string(),  # qualified name of the attention layer
             "in_losses": pa.bool_(),  # belongs to the layers L of the losses
             "timestep": pa.int32(),  # 999 is pure noise
+            "steps": pa.int32(),  # of the sampling; at those without a row the router is fixed to the prior
             "inside": pa.float64(),  # mean prior weight in the dilated subjects; null if nobody was found
             "outside": pa.float64(),  # and beside them; null if nothing is beside them
         }.items()
     ],
-    metadata={"moa_schema": "router/1"},
+    metadata={"moa_schema": "router/2"},
 )
 
 
@@ -105,17 +106,29 @@ def is_whole(image: Sequence[Mapping[str, Any]]) -> bool:
     return image[0]["inside"] is not None and image[0]["outside"] is not None
 
 
+def means(image: Sequence[Mapping[str, Any]], side: str, fixed: bool = False) -> float:
+    """Mean prior weight of an image on one side, over layers and recorded timesteps.
+
+    With `fixed` over all steps of its sampling: at those that were not recorded the prior's weight is 1.
+    """
+    recorded = float(np.mean([row[side] for row in image]))
+    share = sum(row["layer"] == image[0]["layer"] for row in image) / image[0]["steps"]
+    return share * recorded + 1 - share if fixed else recorded
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
 
-    An image counts with its mean over layers and recorded timesteps; images without anybody, or with
-    nothing but subjects, are left out and counted.
+    An image counts with its mean over layers and timesteps; images without anybody, or with nothing but
+    subjects, are left out and counted. Of L there are also rows over all timesteps, those at which the
+    router is fixed to the prior counted as 1.
     """
+    losses = [row for row in rows if row["in_losses"]]
     layers = list(dict.fromkeys(row["layer"] for row in rows))
-    parts = [("L", [row for row in rows if row["in_losses"]])]
-    parts += [(layer, [row for row in rows if row["layer"] == layer]) for layer in layers]
+    parts = [("L", "free", losses), ("L", "all", losses)]
+    parts += [(layer, "free", [row for row in rows if row["layer"] == layer]) for layer in layers]
     table = []
-    for name, part in parts:
+    for name, timesteps, part in parts:
         images = by_image(part)
         whole = [own for own in images if is_whole(own)]
         counts = {"images": len(whole), "left_out": len(images) - len(whole)}
@@ -123,15 +136,16 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
             continue
         members = [own[0]["subjects"] for own in whole]
         sides = {
-            side: np.array([np.mean([row[side] for row in own]) for own in whole])
+            side: np.array([means(own, side, timesteps == "all") for own in whole])
             for side in ("outside", "inside")
         }
         sides["outside - inside"] = sides["outside"] - sides["inside"]
         for region, values in sides.items():
             weight = limits("prior_weight", interval(values, members))
-            table.append({"layers": name, "region": region, **counts, **weight})
+            table.append({"layers": name, "timesteps": timesteps, "region": region, **counts, **weight})
     columns = (
         "layers",
+        "timesteps",
         "region",
         "images",
         "left_out",
@@ -139,7 +153,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
         "prior_weight_low",
         "prior_weight_high",
     )
-    note = "L: the layers of the losses. Conditional half, all timesteps at which the router decides."
+    note = (
+        "L: the layers of the losses. Conditional half. Timesteps: free, those at which the router decides; "
+        "all, those at which it is fixed to the prior counted as 1."
+    )
     return Table(columns, table, (note,))
 
 

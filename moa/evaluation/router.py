@@ -67,8 +67,9 @@ class Recording:
     """Maps of a batch of images."""
 
     images: list[Image.Image]
-    timesteps: list[int]  # in the order of sampling, noisiest first
-    maps: dict[str, Maps]  # layer: prior weight [B, steps, h, w], 0..1
+    timesteps: list[int]  # at which the router decides, noisiest first
+    maps: dict[str, Maps]  # layer: prior weight [B, timesteps, h, w], 0..1
+    steps: int  # of the sampling
 
 
 class MoARecorder:
@@ -113,7 +114,7 @@ class MoARecorder:
         shape = pipe.unet.config.sample_size
         order = [layer for layer in self.moa.adapter.sizes if layer in steps]
         maps = {layer: square(torch.stack(steps[layer], 1).numpy(), shape) for layer in order}
-        return Recording(images, timesteps, maps)
+        return Recording(images, timesteps, maps, pipe.num_timesteps)
 
 
 def square(weights: NDArray[np.float32], sample_size: int | Sequence[int]) -> Maps:
@@ -226,6 +227,7 @@ def measure(
                 "layer": layer,
                 "in_losses": layer in in_losses,
                 "timestep": timestep,
+                "steps": made.steps,
                 "inside": None if inside is None else float(inside[step]),
                 "outside": None if outside is None else float(outside[step]),
             }

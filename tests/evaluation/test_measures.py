@@ -191,7 +191,7 @@ def router_rows():
     return [
         {
             "subject": subject, "subjects": [subject], "kind": "single", "prompt_id": "p", "index": 0,
-            "layer": layer, "in_losses": layer != "b", "timestep": timestep,
+            "layer": layer, "in_losses": layer != "b", "timestep": timestep, "steps": 2,
             "inside": None if subject == "s1" else inside, "outside": outside,
         }
         for subject in ("s0", "s1")

@@ -67,6 +67,7 @@ def test_only_steps_at_which_the_router_decides_are_recorded(requests):
     moa.conditioner.personalize_below = early
     made = router.MoARecorder(moa).record(requests)
     assert made.timesteps == [late]
+    assert made.steps == 2
     for weights in made.maps.values():
         assert weights.shape[1] == 1
         assert weights.max() < 0.9  # the step that is fixed to the prior would show 1
@@ -144,7 +145,7 @@ def router_rows(found: bool = True) -> list[dict]:
     return [
         {
             "subject": f"s{s}", "subjects": [f"s{s}"], "kind": "single", "prompt_id": "p", "index": 0,
-            "layer": layer, "in_losses": layer == "b", "timestep": t, "outside": 0.9 - 0.01 * s,
+            "layer": layer, "in_losses": layer == "b", "timestep": t, "steps": 4, "outside": 0.9 - 0.01 * s,
             "inside": (0.5 - 0.02 * s + (0.1 if t else -0.1)) if found or s else None,
         }
         for s in range(4) for layer in ("a", "b") for t in (0, 900)
@@ -155,13 +156,18 @@ def test_summary_is_over_loss_layers_and_all_timesteps(tmp_path):
     write_rows(tmp_path / "rows.parquet", router_rows(), ROUTER)
     maps.tabulate(tmp_path / "rows.parquet", tmp_path / "router.csv")
     lines = (tmp_path / "router.csv").read_text().splitlines()
-    assert lines[0] == "layers,region,images,left_out,prior_weight,prior_weight_low,prior_weight_high"
-    assert [line.split(",")[:5] for line in lines[1:4]] == [
-        ["L", "outside", "4", "0", "0.8850"],
-        ["L", "inside", "4", "0", "0.4700"],
-        ["L", "outside - inside", "4", "0", "0.4150"],
+    assert (
+        lines[0] == "layers,timesteps,region,images,left_out,prior_weight,prior_weight_low,prior_weight_high"
+    )
+    assert [line.split(",")[:6] for line in lines[1:7]] == [
+        ["L", "free", "outside", "4", "0", "0.8850"],
+        ["L", "free", "inside", "4", "0", "0.4700"],
+        ["L", "free", "outside - inside", "4", "0", "0.4150"],
+        ["L", "all", "outside", "4", "0", "0.9425"],  # two of four steps: (.885 + 1) / 2
+        ["L", "all", "inside", "4", "0", "0.7350"],
+        ["L", "all", "outside - inside", "4", "0", "0.2075"],
     ]
-    assert len(lines) == 1 + 3 * 3
+    assert len(lines) == 1 + 3 * 4
 
 
 def test_images_without_anybody_are_counted():

@@ -44,7 +44,7 @@ def test_active_pixels_are_counted_over_layers_of_any_size():
         "coarse": np.array([[[[0.5, 1.0]]]], dtype=np.float32),
         "fine": np.array([[[[0.8, 0.97], [0.99, 1.0]]]], dtype=np.float32),
     }
-    assert sparse.active_pixels(Recording([], [1], maps), (0.02, 0.4)) == [3, 1, 6]
+    assert sparse.active_pixels(Recording([], [1], maps, 1), (0.02, 0.4)) == [3, 1, 6]
 
 
 def test_likeness_is_the_psnr_of_whole_images():
