@@ -18,7 +18,7 @@ ABOUT = {
 }
 GATES = {  # which rows of the gates speak of a model
     "prior": ("autoencoder", "prior"),
-    "image_encoder": (),
+    "image_encoder": ("image_encoder",),
     "captioner": ("captioner",),
     "segmenter": ("segmenter", "detector"),
     "clip_judge": ("clip_judge",),

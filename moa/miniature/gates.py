@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification
 
@@ -38,6 +39,7 @@ from moa.miniature.render import background, render
 from moa.miniature.world import (
     ATTRIBUTES,
     CONTEXT_ATTRIBUTES,
+    IDENTITY_ATTRIBUTES,
     Identity,
     Scene,
     identities,
@@ -45,7 +47,9 @@ from moa.miniature.world import (
     mutate,
     sample_scene,
 )
+from moa.sampling import load_image_encoder
 
+PROBED = 4  # times as many pictures of pretraining identities for the probes of the image encoder
 Row = tuple[str, str, float, float | None, int]
 PROMPT = Wording(context=1.0, generic=0.0, prefix=0.0)
 LOOKS = Wording(context=1.0, generic=0.0, prefix=0.0, identity=1.0)  # and all of who it is
@@ -99,6 +103,43 @@ def measure_identity(name: str, embedder: Embedder, seed: int, goals: bool) -> l
         (name, "R@1", float(hits.mean()), 0.85 if goals else None, count),
         (name, "AUC, one attribute apart", auc(same, different), 0.95 if goals else None, count),
     ]
+
+
+def probe(known: Tensor, classes: Tensor, other: Tensor) -> Tensor:
+    """Classes [M] of features [M, D] by a linear classifier (ridge 1e-2) fitted to other features [N, D]."""
+    mean, std = known.mean(0), known.std(0)
+    known, other = (known - mean) / std, (other - mean) / std
+    head = nn.Linear(known.shape[1], int(classes.max()) + 1)
+    nn.init.zeros_(head.weight)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(known), classes) + 1e-2 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return head(other).argmax(1)
+
+
+def measure_image_encoder(source: ModelSource, known: corpus.Corpus, data: corpus.Corpus) -> list[Row]:
+    """How well its embeddings of whole photos of `data` tell who somebody is, by probes fitted to `known`."""
+    encoder, processor = load_image_encoder(source)
+
+    @torch.no_grad()
+    def embed(images: NDArray[np.uint8]) -> Tensor:
+        pixels = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+        return torch.cat([encoder(part).image_embeds for part in pixels["pixel_values"].split(64)])
+
+    chosen = _singles(data)
+    seen, other = embed(known.images), embed(data.images[chosen])
+    rows: list[Row] = []
+    for name in ("class", *IDENTITY_ATTRIBUTES):
+        found = probe(seen, torch.from_numpy(known.labels(0)[name]), other).numpy()
+        right = found == data.labels(0)[name][chosen]
+        rows.append(("image_encoder", f"linear probe: {name}", float(right.mean()), None, len(chosen)))
+    return rows
 
 
 # --- Attributes -------------------------------------------------------------------------------------------
@@ -418,6 +459,8 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
     embedder = AutoEmbedder(ModelSource(id=str(weights / "identity")))
     rows = measure_identity("identity", embedder, settings.seed, True)
     rows += measure_identity("mean colours", ColorEmbedder(), settings.seed, False)
+    known = corpus.load("pretrain", PROBED * settings.images, settings.seed, cache, 0.0, 0.0)
+    rows += measure_image_encoder(ModelSource(id=str(weights / "image_encoder")), known, data)
     rows += measure_segmenter(finder, data)
     rows += measure_detector(evaluation_finder(weights, settings), data, settings.seed)
     rows += measure_captioner(

@@ -106,6 +106,36 @@ def test_auc_is_mann_whitneys():
     assert gates.auc(negative, positive) == pytest.approx(1 - expected)
 
 
+def test_a_probe_finds_what_a_linear_classifier_can():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 6, generator=generator)
+    linear = features @ torch.randn(6, 3, generator=generator)
+    classes = linear.argmax(1)
+    assert (gates.probe(features[:300], classes[:300], features[300:]) == classes[300:]).float().mean() > 0.9
+    chance = torch.randint(3, (400,), generator=generator)
+    assert (gates.probe(features[:300], chance[:300], features[300:]) == chance[300:]).float().mean() < 0.5
+
+
+def test_the_subject_encoder_is_probed_for_who_somebody_is(data, tmp_path, monkeypatch):
+    """An encoder whose embedding is the skin's colour, in a world of its own, and nothing else."""
+    skins = torch.eye(len(SKINS))[torch.from_numpy(data.labels(0)["skin"])]
+    everyone = {image.tobytes(): skin for image, skin in zip(data.images, skins, strict=True)}
+
+    def processor(images, return_tensors):
+        return {"pixel_values": torch.stack([everyone[np.asarray(i).tobytes()] for i in images])}
+
+    def encoder(pixels):
+        return SimpleNamespace(image_embeds=pixels)
+
+    monkeypatch.setattr(gates, "load_image_encoder", lambda source: (encoder, processor))
+    rows = gates.measure_image_encoder(None, data, data)
+    found = rows_of(rows)
+    assert {gate for gate, *_ in rows} == {"image_encoder"}
+    assert found["linear probe: skin"] == 1.0
+    assert found["linear probe: top"] < 0.5
+    assert {count for *_, count in rows} == {len(gates._singles(data))}
+
+
 # --- Attributes -------------------------------------------------------------------------------------------
 
 
