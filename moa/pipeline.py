@@ -154,11 +154,12 @@ class MoAPipeline(StableDiffusionPipeline):
             prior_only=prior_only,
             null_branch=null_branch,
             recorder=recorder,
+            cross_attention_kwargs=cross_attention_kwargs,
         )
         return super().__call__(
             prompt_embeds=conditioning.prompt_embeds,
             negative_prompt_embeds=conditioning.negative_prompt_embeds,
-            cross_attention_kwargs={**(cross_attention_kwargs or {}), "moa": conditioning.context},
+            cross_attention_kwargs=conditioning.cross_attention_kwargs,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             **kwargs,

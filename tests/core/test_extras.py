@@ -24,6 +24,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
@@ -126,12 +127,20 @@ def test_multi_controlnet(pipe, photo):
 # ── Style ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_lora(unet, folder, targets):
-    """A LoRA file as training scripts write it, of random weights."""
-    styled = copy.deepcopy(unet)
+def lora_layers(model, targets):
+    """Random weights of a LoRA for these layers of `model`."""
+    styled = copy.deepcopy(model)
     torch.manual_seed(11)
     styled.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(styled))
+    return get_peft_model_state_dict(styled)
+
+
+def save_lora(unet, folder, targets, text_encoder=None):
+    """A LoRA file as training scripts write it, of random weights, for the text encoder too if given."""
+    words = None
+    if text_encoder is not None:
+        words = convert_state_dict_to_diffusers(lora_layers(text_encoder, ["q_proj", "v_proj", "fc1"]))
+    StableDiffusionPipeline.save_lora_weights(folder, lora_layers(unet, targets), words)
 
 
 def test_a_lora_file_is_a_style_on_the_prior(pipe, base, photo, tmp_path):
@@ -165,6 +174,26 @@ def test_the_scale_of_a_lora_is_an_argument(pipe, photo, tmp_path):
     np.testing.assert_allclose(scaled(1.0), full, atol=1e-5)
     assert differ(scaled(0.5), full)
     assert differ(full, before)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 0.5])
+def test_the_scale_of_a_lora_holds_for_the_text_encoder(pipe, base, photo, tmp_path, scale):
+    """`base` is diffusers' pipeline on the same models."""
+    for owner in (pipe, base):
+        owner.register_modules(text_encoder=copy.deepcopy(pipe.text_encoder))
+    before = images(pipe, base, photo, {})
+    with pipe.adapter.removed(pipe.unet):
+        save_lora(pipe.unet, tmp_path, PROJECTIONS, pipe.text_encoder)
+    pipe.load_lora_weights(tmp_path)
+    base.register_modules(text_encoder=pipe.text_encoder)
+    given = None if scale is None else {"scale": scale}
+    call = {**QUICK, "guidance_scale": 5.0, "negative_prompt": "hat"}
+    fixed = pipe(PROMPT, **call, generator=seeded(0), prior_only=True, cross_attention_kwargs=given).images
+    personal = images(pipe, base, photo, {}, cross_attention_kwargs=given)
+    with pipe.adapter.removed(pipe.unet):
+        plain = base(PROMPT, **call, generator=seeded(0), cross_attention_kwargs=given).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert differ(personal, before) == (scale != 0.0)
 
 
 # ── Schedulers ────────────────────────────────────────────────────────────────────────────────
