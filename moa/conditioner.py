@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.utils import BaseOutput, scale_lora_layers, unscale_lora_layers
 from PIL import Image
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class PromptEncoder:
         lora_scale: that of LoRA layers in the text encoder; None leaves them as they are.
         """
         inputs = self.tokenizer(
-            list(prompts),
+            [self.spelled_out(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.max_tokens,
             truncation=True,
@@ -87,6 +88,10 @@ class PromptEncoder:
         with lora_scaled(self.text_encoder, lora_scale):
             return self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
 
+    def spelled_out(self, prompt: str) -> str:
+        """The prompt with all the tokens of each textual inversion of several vectors, as diffusers reads it."""
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
+
     def token_indices(self, prompt: str, spans: Sequence[Span]) -> list[int]:
         """The last token of each span of characters (start, end), end exclusive: there the feature goes.
 
@@ -97,16 +102,19 @@ class PromptEncoder:
         """
         ids, offsets = self._tokens(prompt)
         indices = []
-        for start, end in spans:
-            check_whole_word(prompt, start, end)
+        for span in spans:
+            check_whole_word(prompt, *span)
+            start, end = (len(self.spelled_out(prompt[:at])) for at in span)
             inside = [i for i, (s, e) in enumerate(offsets) if start <= s < e <= end]
             if not inside:
-                raise ValueError(f"{prompt[start:end]!r} has no token of its own in the prompt {prompt!r}")
+                raise ValueError(f"{prompt[slice(*span)]!r} has no token of its own in the prompt {prompt!r}")
             indices.append(inside[-1])
         return self._checked(prompt, indices, ids, offsets)
 
     def explicit_tokens(self, prompt: str, indices: Sequence[int]) -> list[int]:
-        """Token indices given by hand, checked as those of `token_indices`."""
+        """Token indices given by hand, checked as those of `token_indices`; each vector of a textual inversion
+        is a token.
+        """
         ids, offsets = self._tokens(prompt)
         for index in indices:
             if not 0 < index < len(ids) - 1:
@@ -114,8 +122,9 @@ class PromptEncoder:
         return self._checked(prompt, [int(index) for index in indices], ids, offsets)
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[Span]]:
-        """All token ids of a prompt, and their characters."""
-        encoded = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+        """All token ids of a prompt, and their characters in `spelled_out(prompt)`."""
+        text = self.spelled_out(prompt)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
         ids = encoded["input_ids"]
         if len(ids) > self.max_tokens:
             logger.warning(
@@ -125,7 +134,7 @@ class PromptEncoder:
 
     def _checked(self, prompt: str, indices: list[int], ids: list[int], offsets: list[Span]) -> list[int]:
         for index in indices:
-            word = prompt[slice(*offsets[index])]
+            word = self.spelled_out(prompt)[slice(*offsets[index])]
             if index >= self.max_tokens - 1:
                 raise ValueError(
                     f"{word!r} is token {index} of the prompt {prompt!r}, past the {self.max_tokens} that "

@@ -155,6 +155,25 @@ def test_text_is_encoded_as_stable_diffusion_does(prompts, base):
     assert torch.equal(prompts.encode_text(["", ""]), negative)
 
 
+def test_a_textual_inversion_of_several_vectors_is_read_as_diffusers_does(base, tokenizer, text_encoder):
+    """Three vectors a word: the prior's text is diffusers', and subjects after it go where their words are."""
+    words, model = copy.deepcopy(tokenizer), copy.deepcopy(text_encoder)
+    base.register_modules(tokenizer=words, text_encoder=model)
+    base.load_textual_inversion(torch.randn(3, TEXT_DIM), token="<sty>")
+    prompts = PromptEncoder(words, model)
+    given = ["a man on a <sty> and a woman", "<sty> man", "a man"]
+    assert torch.equal(prompts.encode_text(given), base.encode_prompt(given, "cpu", 1, False)[0])
+    ids = words(base.maybe_convert_prompt(given[0], words))["input_ids"]
+    found = prompts.token_indices(given[0], find_words(given[0], ["woman", "<sty>", "man"]))
+    assert words.convert_ids_to_tokens([ids[i] for i in found]) == ["woman</w>", "<sty>_2", "man</w>"]
+    assert prompts.explicit_tokens(given[0], [10]) == [10] == found[:1]
+    with pytest.raises(ValueError, match="1 … 10 are"):
+        prompts.explicit_tokens(given[0], [11])
+    long = "<sty> " * 6 + "man"
+    with pytest.raises(ValueError, match=f"'man' is token {TOKENS - 1} .*past the {TOKENS}"):
+        prompts.token_indices(long, find_words(long, ["man"]))
+
+
 # ── Batches ───────────────────────────────────────────────────────────────────────────────────
 
 
