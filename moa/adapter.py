@@ -7,6 +7,7 @@ only the adapter saves them. A forward pre-hook on the U-Net takes the timestep 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -282,6 +283,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
 
     # ── Saving ─────────────────────────────────────────────────────────────────────────────────
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand on the arguments of the signature alone
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """config.json, the trained tensors as safetensors, and a model card unless the folder has one."""
         super().save_pretrained(save_directory, **kwargs)
@@ -355,6 +357,7 @@ class CleanSave:
     def __init__(self, unet: UNet2DConditionModel):
         self.unet = unet
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # as the adapter's
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         previous = installation(self.unet)
         assert previous is not None

@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -202,3 +203,21 @@ def test_the_whole_pipeline_is_saved_in_one_folder(pipe, one, tmp_path):
     loaded = MoAPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+
+
+def test_the_pipeline_s_folder_has_the_variant_and_the_size_of_files_asked_for(pipe, one, tmp_path):
+    """diffusers hands them to the parts whose `save_pretrained` names them."""
+    expected = pipe(**one).images
+    pipe.save_pretrained(tmp_path, variant="ours", max_shard_size="40KB")
+    for part in ("unet", "adapter"):
+        files = [file.name for file in (tmp_path / part).glob("*.safetensors")]
+        assert len(files) > 1
+        assert all(re.fullmatch(r"diffusion_pytorch_model\.ours-.*\.safetensors", name) for name in files)
+    loaded = MoAPipeline.from_pretrained(tmp_path, variant="ours")
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+    pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for part in ("unet", "adapter"):
+        assert [file.name for file in (tmp_path / "pickled" / part).glob("diffusion*")] == [
+            "diffusion_pytorch_model.bin"
+        ]
