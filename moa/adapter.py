@@ -346,6 +346,7 @@ class Installation:
         if offload is not None:  # accelerate brings the weights inside `forward`; Eq. 8 needs them here
             offload.pre_forward(unet)
         sample = args[0] if args else kwargs["sample"]
+        check_precision(self.adapter, sample)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         prepared = self.adapter.layer_input(context, sample, timestep)
         return args, {**kwargs, "cross_attention_kwargs": {**given, "moa": prepared}}
@@ -374,6 +375,15 @@ def check_sparse_threshold(value: float) -> float:
 
 def installation(unet: UNet2DConditionModel) -> Installation | None:
     return getattr(unet, "moa_installation", None)
+
+
+def check_precision(adapter: MoAAdapter, sample: Tensor) -> None:
+    """ValueError, with the cure, if adapter and U-Net compute in different precisions; autocast joins them."""
+    if adapter.dtype != sample.dtype and not torch.is_autocast_enabled(sample.device.type):
+        raise ValueError(
+            f"the U-Net runs in {sample.dtype}, the MoA adapter in {adapter.dtype}: call "
+            "adapter.to(unet.device, unet.dtype), or run under torch.autocast"
+        )
 
 
 def check_layout(context: MoAContext, sample: Tensor) -> int:

@@ -73,8 +73,9 @@ class MoAPipeline(StableDiffusionPipeline):
         prior, adapter, image_encoder: folders or hub ids, the last two also loaded models; they may be
             left out if `prior` is a whole MoAPipeline that `save_pretrained` wrote.
         feature_extractor: None reads it from the image encoder's folder.
-        kwargs: those of StableDiffusionPipeline.from_pretrained; `dtype` holds for all parts, and is
-            float32 if not given, whatever the files hold (transformers would take each file's own).
+        kwargs: those of StableDiffusionPipeline.from_pretrained; `dtype` holds for all parts, a loaded
+            adapter and image encoder too, and is float32 if not given, whatever the files hold
+            (transformers would take each file's own).
         """
         older = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", None) or older or torch.float32
@@ -83,6 +84,9 @@ class MoAPipeline(StableDiffusionPipeline):
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype)
         if isinstance(adapter, (str, Path)):
             adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype)
+        for model in (adapter, image_encoder):
+            if model is not None:
+                model.to(dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
         kwargs |= {name: part for name, part in parts.items() if part is not None}
         return super().from_pretrained(prior, dtype=dtype, **kwargs)

@@ -186,6 +186,18 @@ def test_it_loads_all_parts_in_the_precision_asked_for(pipe, one, image_processo
     assert np.isfinite(loaded(**one).images).all()
 
 
+def test_parts_that_are_loaded_already_take_the_precision_too(pipe, one, base, tmp_path):
+    pipe.adapter.uninstall(pipe.unet)
+    base.save_pretrained(tmp_path)
+    parts = {"adapter": pipe.adapter, "image_encoder": deepcopy(pipe.image_encoder)}
+    loaded = MoAPipeline.from_pretrained(
+        tmp_path, **parts, feature_extractor=pipe.feature_extractor, dtype=torch.bfloat16
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert {model.dtype for model in (loaded.unet, *parts.values())} == {torch.bfloat16}
+    assert np.isfinite(loaded(**one).images).all()
+
+
 def test_weights_saved_in_half_precision_load_in_single(pipe, one, tmp_path):
     """As the shipped ones are; the parts of one pipeline must not differ."""
     pipe.text_encoder = deepcopy(pipe.text_encoder).half()
