@@ -23,6 +23,9 @@ REFUSED = {
     "ip_adapter_image_embeds": "MoA does not run beside an IP-Adapter: give the photo as a subject",
 }
 
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+"""Arguments of `from_pretrained` that hold for whatever is loaded, not for one repository."""
+
 
 class MoAPipeline(StableDiffusionPipeline):
     """StableDiffusionPipeline whose call takes subjects; it installs the adapter in its U-Net.
@@ -62,7 +65,7 @@ class MoAPipeline(StableDiffusionPipeline):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        prior: str | Path,
+        pretrained_model_name_or_path: str | Path,
         adapter: str | Path | MoAAdapter | None = None,
         image_encoder: str | Path | CLIPVisionModelWithProjection | None = None,
         feature_extractor: CLIPImageProcessor | None = None,
@@ -70,26 +73,35 @@ class MoAPipeline(StableDiffusionPipeline):
     ) -> Self:
         """Load a Stable Diffusion model, an adapter, and the image encoder that the adapter was trained with.
 
-        prior, adapter, image_encoder: folders or hub ids, the last two also loaded models; they may be
-            left out if `prior` is a whole MoAPipeline that `save_pretrained` wrote.
+        pretrained_model_name_or_path: the prior's folder or hub id.
+        adapter, image_encoder: folders, hub ids or loaded models (load one that has a revision or subfolder
+            of its own); left out if the prior's folder is a whole MoAPipeline that `save_pretrained` wrote.
         feature_extractor: None reads it from the image encoder's folder.
         kwargs: those of StableDiffusionPipeline.from_pretrained; `dtype` holds for all parts, a loaded
             adapter and image encoder too, and is float32 if not given, whatever the files hold
-            (transformers would take each file's own).
+            (transformers would take each file's own). What says where to load from (HUB) goes to all loads.
+
+        Raises:
+            ValueError: the folder lacks a part that is not given.
         """
         older = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", None) or older or torch.float32
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
         if isinstance(image_encoder, (str, Path)):
-            feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(image_encoder)
-            image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype)
+            feature_extractor = feature_extractor or CLIPImageProcessor.from_pretrained(image_encoder, **hub)
+            image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype, **hub)
         if isinstance(adapter, (str, Path)):
-            adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype)
+            adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype, **hub)
         for model in (adapter, image_encoder):
             if model is not None:
                 model.to(dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
-        kwargs |= {name: part for name, part in parts.items() if part is not None}
-        return super().from_pretrained(prior, dtype=dtype, **kwargs)
+        given = {name: part for name, part in parts.items() if part is not None}
+        index = cls.load_config(pretrained_model_name_or_path, revision=kwargs.get("revision"), **hub)
+        for name in parts.keys() - given.keys():
+            if not index.get(name, [None])[0]:
+                raise ValueError(f"{pretrained_model_name_or_path} holds no {name}: give {name}=")
+        return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs, **given)
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Not supported: weights would be absent when Eq. 8 and the photos need them."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from moa import MoAPipeline, Recorder
+from moa import MoAAdapter, MoAPipeline, Recorder
 from tests.core.conftest import plain_parts, seeded
 
 PROMPT = "a man and a woman"
@@ -155,6 +156,40 @@ def test_a_lost_processor_is_said_at_the_call(pipe, one):
     pipe.adapter.uninstall(pipe.unet)
     with pytest.raises(RuntimeError, match=r"adapter.install"):
         pipe(**one)
+
+
+@pytest.fixture
+def folders(pipe, base, image_processor, tmp_path):
+    """{"adapter" and "image_encoder": their folders}, beside the prior's; the adapter is out of the U-Net."""
+    pipe.adapter.save_pretrained(tmp_path / "adapter")
+    pipe.adapter.uninstall(pipe.unet)
+    base.save_pretrained(tmp_path / "prior")
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    image_processor.save_pretrained(tmp_path / "encoder")
+    return {"adapter": tmp_path / "adapter", "image_encoder": tmp_path / "encoder"}
+
+
+@pytest.mark.parametrize("lacking", ["adapter", "image_encoder"])
+def test_a_part_that_is_nowhere_is_an_error_that_names_it(folders, tmp_path, lacking):
+    del folders[lacking]
+    with pytest.raises(ValueError, match=f"prior holds no {lacking}: give {lacking}="):
+        MoAPipeline.from_pretrained(pretrained_model_name_or_path=tmp_path / "prior", **folders)
+
+
+def test_where_to_load_from_goes_to_every_part(folders, tmp_path, monkeypatch):
+    """The hub itself is out of a test's reach: what the loads are asked for is looked at on their way."""
+    asked = {}
+    for kind in (MoAAdapter, CLIPVisionModelWithProjection, CLIPImageProcessor):
+
+        def load(*args, kind=kind, own=kind.from_pretrained, **kwargs):
+            asked[kind] = kwargs.get("cache_dir"), kwargs.get("local_files_only")
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    MoAPipeline.from_pretrained(
+        tmp_path / "prior", **folders, cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert list(asked.values()) == [(tmp_path / "cache", True)] * 3
 
 
 def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, image_processor, tmp_path):
