@@ -342,9 +342,7 @@ class Installation:
         context = given.get("moa")
         if context is None:
             return args, kwargs
-        offload = getattr(unet, "_hf_hook", None)
-        if offload is not None:  # accelerate brings the weights inside `forward`; Eq. 8 needs them here
-            offload.pre_forward(unet)
+        bring_weights(unet)
         sample = args[0] if args else kwargs["sample"]
         check_precision(self.adapter, sample)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -375,6 +373,15 @@ def check_sparse_threshold(value: float) -> float:
 
 def installation(unet: UNet2DConditionModel) -> Installation | None:
     return getattr(unet, "moa_installation", None)
+
+
+def bring_weights(unet: UNet2DConditionModel) -> None:
+    """accelerate and diffusers bring offloaded weights inside `forward`; Eq. 8 needs its own before that."""
+    registry = getattr(unet, "_diffusers_hook", None)
+    group = None if registry is None else registry.get_hook("group_offloading")
+    for offload in (getattr(unet, "_hf_hook", None), group):
+        if offload is not None:
+            offload.pre_forward(unet)
 
 
 def check_precision(adapter: MoAAdapter, sample: Tensor) -> None:

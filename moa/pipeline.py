@@ -107,6 +107,13 @@ class MoAPipeline(StableDiffusionPipeline):
         """Not supported: weights would be absent when Eq. 8 and the photos need them."""
         raise NotImplementedError("MoA's weights move with its models: call enable_model_cpu_offload()")
 
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported for all parts at once: adapter and U-Net share weights, which would go twice."""
+        raise NotImplementedError(
+            "MoA's weights move with the U-Net: call pipe.unet.enable_group_offload(...), or "
+            "enable_model_cpu_offload()"
+        )
+
     def unload_ip_adapter(self) -> None:
         """As diffusers does it, which also takes the image encoder for the IP-Adapter's; here it stays."""
         kept = {"image_encoder": self.image_encoder, "feature_extractor": self.feature_extractor}

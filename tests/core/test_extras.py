@@ -301,6 +301,34 @@ def test_sequential_offload_is_refused_with_the_cure(pipe):
         pipe.enable_sequential_cpu_offload()
 
 
+def test_group_offload_is_refused_with_the_cure(pipe):
+    with pytest.raises(NotImplementedError, match=r"unet\.enable_group_offload"):
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+def test_the_u_net_s_weights_may_wait_on_the_disk(pipe, photo, tmp_path, kind):
+    """Offloaded, they are memory of no meaning: what is computed before they are back is wrong."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
+    expected = pipe(PROMPT, **call, generator=seeded(0)).images
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **kind)
+    with torch.no_grad():
+        for parameter in pipe.adapter.prompt.parameters():
+            parameter.fill_(torch.nan)
+    assert np.array_equal(pipe(PROMPT, **call, generator=seeded(0)).images, expected)
+
+
+def test_weights_stored_in_eight_bits_are_cast_layer_by_layer(pipe, photo):
+    """The weights are rounded, so the subject stays what it was to within that."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
+    precise = pipe(PROMPT, **call, generator=seeded(0)).images
+    prior = pipe(PROMPT, **call, generator=seeded(0), prior_only=True).images
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert pipe.adapter.prompt.fuse.m1.fc1.weight.dtype == torch.float8_e4m3fn
+    rounded = pipe(PROMPT, **call, generator=seeded(0)).images
+    assert np.abs(rounded - precise).mean() < 0.5 * np.abs(precise - prior).mean()
+
+
 # ── What is refused ───────────────────────────────────────────────────────────────────────────
 
 
