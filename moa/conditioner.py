@@ -201,6 +201,8 @@ class SubjectConditioner(PromptEncoder):
         guidance: bool = True,
         prior_only: bool | Sequence[bool] = False,
         null_branch: NullBranch | None = None,
+        personalize_below: int | None = None,
+        sparse_threshold: float | None = None,
         recorder: Recorder | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Conditioning:
@@ -213,7 +215,7 @@ class SubjectConditioner(PromptEncoder):
             indices.
         guidance: whether the pipeline runs classifier-free guidance (guidance_scale > 1); doubles the batch.
         prior_only: images of the base U-Net; one for all prompts, or one each.
-        null_branch: None takes the conditioner's.
+        null_branch, personalize_below, sparse_threshold: None takes the conditioner's.
         cross_attention_kwargs: what else goes to the U-Net. "scale", that of a LoRA, holds for the text
             encoder too, as in diffusers.
 
@@ -232,6 +234,10 @@ class SubjectConditioner(PromptEncoder):
         features = self._features(photos)
         context = self._context(embeds, features, index, fixed, num_images_per_prompt)
         context.recorder = recorder
+        if personalize_below is not None:
+            context.personalize_below = personalize_below
+        if sparse_threshold is not None:
+            context.sparse_threshold = check_sparse_threshold(sparse_threshold)
         if not guidance:
             return Conditioning(prompt_embeds=embeds, cross_attention_kwargs={**others, "moa": context})
         negative = self._negative(negative_prompts, len(texts), scale)

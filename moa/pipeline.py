@@ -61,6 +61,7 @@ class MoAPipeline(StableDiffusionPipeline):
         )
         self.register_modules(adapter=adapter)
         adapter.install(unet)
+        self._conditioner = SubjectConditioner(tokenizer, text_encoder, image_encoder, feature_extractor, adapter)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -124,10 +125,14 @@ class MoAPipeline(StableDiffusionPipeline):
 
     @property
     def conditioner(self) -> SubjectConditioner:
-        """The conditioner of this pipeline's models, for use with other pipelines that share its U-Net."""
-        return SubjectConditioner(
-            self.tokenizer, self.text_encoder, self.image_encoder, self.feature_extractor, self.adapter
-        )
+        """The conditioner of this pipeline's models, for use with other pipelines that share its U-Net.
+
+        Its settings (null_branch, personalize_below, sparse_threshold) are what the call takes for None.
+        """
+        own = self._conditioner
+        own.tokenizer, own.text_encoder, own.adapter = self.tokenizer, self.text_encoder, self.adapter
+        own.image_encoder, own.image_processor = self.image_encoder, self.feature_extractor
+        return own
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -143,9 +148,9 @@ class MoAPipeline(StableDiffusionPipeline):
         guidance_scale: float = 5.0,
         cross_attention_kwargs: dict[str, Any] | None = None,
         prior_only: bool | Sequence[bool] = False,
-        null_branch: NullBranch = "expert",
+        null_branch: NullBranch | None = None,
         personalize_below: int | None = None,
-        sparse_threshold: float = 0.0,
+        sparse_threshold: float | None = None,
         recorder: Recorder | None = None,
         **kwargs: Any,
     ) -> StableDiffusionPipelineOutput | tuple:
@@ -153,7 +158,9 @@ class MoAPipeline(StableDiffusionPipeline):
 
         prompt, subjects, subject_words, subject_spans, subject_tokens: as SubjectConditioner takes them.
         prior_only: the base model's images for the same seed.
-        null_branch, personalize_below, sparse_threshold, recorder: see SubjectConditioner and Recorder.
+        null_branch, personalize_below, sparse_threshold: see SubjectConditioner; None takes the setting of
+            `pipe.conditioner`.
+        recorder: see Recorder.
         kwargs: StableDiffusionPipeline's (height, width, generator, latents, output_type, return_dict,
             callback_on_step_end, …). A list of generators has one an image, those of a prompt side by side.
 
@@ -162,10 +169,7 @@ class MoAPipeline(StableDiffusionPipeline):
         """
         kwargs = accepted(kwargs)
         self.adapter.assert_installed(self.unet)
-        conditioner = self.conditioner
-        conditioner.personalize_below = personalize_below
-        conditioner.sparse_threshold = sparse_threshold
-        conditioning = conditioner(
+        conditioning = self.conditioner(
             prompt,
             subjects=subjects,
             words=subject_words,
@@ -176,6 +180,8 @@ class MoAPipeline(StableDiffusionPipeline):
             guidance=guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None,
             prior_only=prior_only,
             null_branch=null_branch,
+            personalize_below=personalize_below,
+            sparse_threshold=sparse_threshold,
             recorder=recorder,
             cross_attention_kwargs=cross_attention_kwargs,
         )

@@ -223,6 +223,14 @@ def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
         conditioner("a man", null_branch="none")
 
 
+def test_what_else_goes_to_the_u_net_rides_along(conditioner):
+    for guidance in (True, False):
+        out = conditioner("a man", guidance=guidance, cross_attention_kwargs={"scale": 0.5})
+        assert out.cross_attention_kwargs == {"scale": 0.5, "moa": out.context}
+    with pytest.raises(ValueError, match="sparse_threshold: 2"):
+        conditioner("a man", sparse_threshold=2)
+
+
 def test_the_cut_is_the_adapters_unless_one_is_given(unet, make_adapter, make_conditioner):
     adapter = make_adapter(unet, personalize_below=650)
     assert make_conditioner(adapter)("a man").context.personalize_below == 650

@@ -109,6 +109,24 @@ def test_the_null_branches_differ_and_neither_needs_guidance(pipe, one):
     assert np.array_equal(free[0], free[1])
 
 
+def test_the_conditioner_keeps_its_settings_and_follows_replaced_models(pipe, one):
+    settings = {"null_branch": "prior", "personalize_below": 500, "sparse_threshold": 0.4}
+    expected = pipe(**one | {"generator": seeded(0)}, **settings).images
+    plain = pipe(**one | {"generator": seeded(0)}).images
+    for name, value in settings.items():
+        setattr(pipe.conditioner, name, value)
+    assert np.array_equal(pipe(**one | {"generator": seeded(0)}).images, expected)
+    usual = {"null_branch": "expert", "personalize_below": 1000, "sparse_threshold": 0.0}
+    assert np.array_equal(pipe(**one | {"generator": seeded(0)}, **usual).images, plain)
+    assert np.abs(plain - expected).max() > 1e-3
+    before = pipe.conditioner.encode_text([PROMPT])
+    pipe.text_encoder = deepcopy(pipe.text_encoder)
+    pipe.text_encoder.get_input_embeddings().weight.mul_(2)
+    assert (pipe.conditioner.encode_text([PROMPT]) - before).abs().max() > 1e-3
+    pipe.register_modules(image_encoder=deepcopy(pipe.image_encoder))
+    assert pipe.conditioner.image_encoder is pipe.image_encoder
+
+
 def test_it_keeps_the_habits_of_diffusers(pipe, one):
     """Output class, tuple, latents in and out, callbacks, sizes, recorder."""
     steps, recorder = [], Recorder(["mid_block.attentions.0.transformer_blocks.0.attn2"])
