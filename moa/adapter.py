@@ -385,7 +385,7 @@ def bring_weights(unet: UNet2DConditionModel) -> None:
 
 
 def check_precision(adapter: MoAAdapter, sample: Tensor) -> None:
-    """ValueError, with the cure, if adapter and U-Net compute in different precisions; autocast joins them."""
+    """ValueError, with the cure, if adapter and U-Net differ in precision; autocast joins them."""
     if adapter.dtype != sample.dtype and not torch.is_autocast_enabled(sample.device.type):
         raise ValueError(
             f"the U-Net runs in {sample.dtype}, the MoA adapter in {adapter.dtype}: call "
@@ -402,7 +402,8 @@ def check_layout(context: MoAContext, sample: Tensor) -> int:
             raise ValueError(
                 f"the U-Net runs a batch of {batch}, but the MoA context's `{what}` has {rows} rows. Make "
                 "the context with the guidance (on or off) of the pipeline call; a Conditioning is repeated "
-                "for num_images_per_prompt already, so leave the pipeline's at 1"
+                "for num_images_per_prompt already, so leave the pipeline's at 1. A callback that ends "
+                "guidance halfway must halve the context as well: moa.conditioner.without_guidance"
             )
     return batch
 

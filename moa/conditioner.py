@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +89,7 @@ class PromptEncoder:
             return self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
 
     def spelled_out(self, prompt: str) -> str:
-        """The prompt with all the tokens of each textual inversion of several vectors, as diffusers reads it."""
+        """The prompt with every token of textual inversions of several vectors, as diffusers reads it."""
         return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
 
     def token_indices(self, prompt: str, spans: Sequence[Span]) -> list[int]:
@@ -112,8 +112,9 @@ class PromptEncoder:
         return self._checked(prompt, indices, ids, offsets)
 
     def explicit_tokens(self, prompt: str, indices: Sequence[int]) -> list[int]:
-        """Token indices given by hand, checked as those of `token_indices`; each vector of a textual inversion
-        is a token.
+        """Token indices given by hand, checked as those of `token_indices`.
+
+        Each vector of a textual inversion is a token.
         """
         ids, offsets = self._tokens(prompt)
         for index in indices:
@@ -351,6 +352,12 @@ def with_guidance(context: MoAContext, negative: Tensor, null_branch: NullBranch
         personalize_below=context.personalize_below,
         sparse_threshold=context.sparse_threshold,
     )
+
+
+def without_guidance(context: MoAContext) -> MoAContext:
+    """The conditional half of a doubled batch's context, as `with_guidance` got it."""
+    halves = {name: value.chunk(2)[1] for name, value in vars(context).items() if isinstance(value, Tensor)}
+    return replace(context, **halves)
 
 
 @contextmanager

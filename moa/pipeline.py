@@ -61,7 +61,9 @@ class MoAPipeline(StableDiffusionPipeline):
         )
         self.register_modules(adapter=adapter)
         adapter.install(unet)
-        self._conditioner = SubjectConditioner(tokenizer, text_encoder, image_encoder, feature_extractor, adapter)
+        self._conditioner = SubjectConditioner(
+            tokenizer, text_encoder, image_encoder, feature_extractor, adapter
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -454,7 +454,9 @@ def test_a_context_of_another_batch_is_an_error(unet, make_adapter, make_context
         unet(inputs[0], 5, inputs[2], cross_attention_kwargs={"moa": context})
 
 
-def test_another_precision_than_the_u_net_s_is_an_error_with_the_cure(unet, make_adapter, inputs, make_context):
+def test_another_precision_than_the_u_net_s_is_an_error_with_the_cure(
+    unet, make_adapter, inputs, make_context
+):
     """But not under autocast, which joins them (`test_mixed_precision_trains`)."""
     adapter = make_adapter(unet)
     torch.nn.Module.to(unet, torch.bfloat16)

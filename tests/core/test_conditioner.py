@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from moa import Recorder
-from moa.conditioner import PromptEncoder, find_words
+from moa.conditioner import PromptEncoder, find_words, without_guidance
 from tests.core.conftest import IMAGE_DIM, TEXT_DIM, TOKENS
 
 PROMPT = "a man and a woman with a red hat"  # tokens: 0 start, 1 a, 2 man, 3 and, 4 a, 5 woman, …
@@ -156,7 +156,7 @@ def test_text_is_encoded_as_stable_diffusion_does(prompts, base):
 
 
 def test_a_textual_inversion_of_several_vectors_is_read_as_diffusers_does(base, tokenizer, text_encoder):
-    """Three vectors a word: the prior's text is diffusers', and subjects after it go where their words are."""
+    """Three vectors a word: the prior's text is diffusers', and subjects find their words."""
     words, model = copy.deepcopy(tokenizer), copy.deepcopy(text_encoder)
     base.register_modules(tokenizer=words, text_encoder=model)
     base.load_textual_inversion(torch.randn(3, TEXT_DIM), token="<sty>")
@@ -210,6 +210,16 @@ def test_without_guidance_there_is_no_unconditional_half(conditioner):
     assert out.negative_prompt_embeds is None
     assert "negative_prompt_embeds" not in dict(out)
     assert out.context.text.shape[0] == 1
+
+
+def test_the_conditional_half_is_the_context_without_guidance(conditioner):
+    call = dict(subjects=[[torch.ones(IMAGE_DIM)], []], words=[["man"], []], num_images_per_prompt=2)
+    both = conditioner(["a man", "a horse"], **call).context
+    half = conditioner(["a man", "a horse"], **call, guidance=False).context
+    found = vars(without_guidance(both))
+    assert found.keys() == vars(half).keys()
+    for name, value in vars(half).items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
 
 
 def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
