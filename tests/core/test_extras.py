@@ -24,12 +24,14 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from moa import MoAPipeline
+from moa.conditioner import without_guidance
 from tests.core.conftest import IMAGE_DIM, TEXT_DIM, UNET, plain_parts, seeded
 
 PROMPT = "a man and a woman"
@@ -71,6 +73,27 @@ def test_img2img(pipe, photo):
     other = quiet(StableDiffusionImg2ImgPipeline(**plain_parts(pipe)))
     call = {"image": photo(9, size=(32, 32)), "strength": 0.9, "num_inference_steps": 4}
     holds(pipe, other, photo, call, call | {"image": photo(10, size=(32, 32))})
+
+
+def test_pipelines_become_each_other(pipe, base, photo):
+    """diffusers' `from_pipe`, there and back, on the same models in the precision asked for."""
+    dtype = torch.bfloat16
+    models = {name: copy.deepcopy(getattr(pipe, name)) for name in ("vae", "text_encoder")}
+    pipe.register_modules(**models, image_encoder=copy.deepcopy(pipe.image_encoder))
+    base.register_modules(**models)
+    pipe.to(dtype)
+    call = {"subjects": [photo(1)], "subject_words": ["man"], "prompt": PROMPT, **QUICK}
+    expected = pipe(**call, generator=seeded(0)).images
+    start = {"image": photo(9, size=(32, 32)), "strength": 0.9, "num_inference_steps": 4}
+    painted = images(pipe, quiet(StableDiffusionImg2ImgPipeline(**plain_parts(pipe))), photo, start)
+    other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=dtype))
+    assert other.unet is pipe.unet
+    assert np.array_equal(images(pipe, other, photo, start), painted)
+    pipe.adapter.uninstall(pipe.unet)
+    parts = {name: getattr(pipe, name) for name in ("adapter", "image_encoder", "feature_extractor")}
+    again = quiet(MoAPipeline.from_pipe(base, **parts, dtype=dtype))
+    assert again.adapter.dtype == again.unet.dtype == dtype
+    assert np.array_equal(again(**call, generator=seeded(0)).images, expected)
 
 
 def half_mask():
@@ -231,6 +254,34 @@ def test_a_u_net_that_embeds_the_guidance(pipe, photo):
     assert differ(personal, base)
 
 
+def end_guidance(pipe, step, time, values):
+    """docs/pipeline.md's."""
+    if step == 0:
+        pipe._guidance_scale = 0.0
+        values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[1]
+        context = without_guidance(pipe.cross_attention_kwargs["moa"])
+        pipe._cross_attention_kwargs = {**pipe.cross_attention_kwargs, "moa": context}
+    return values
+
+
+def test_guidance_may_end_halfway(pipe, base, photo):
+    """diffusers' callback for it leaves the context as it is, which is an error that names the cure."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], "prompt": PROMPT, **QUICK}
+    theirs = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    with pytest.raises(ValueError, match=r"batch of 1.*ends guidance.*without_guidance"):
+        pipe(**call, callback_on_step_end=theirs)
+    ours = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    personal = pipe(**call, **ours, generator=seeded(0)).images
+    fixed = pipe(**call, **ours, generator=seeded(0), prior_only=True).images
+    guided = pipe(**call, generator=seeded(0)).images
+    with pipe.adapter.removed(pipe.unet):
+        cut = {"guidance_scale": 5.0, "callback_on_step_end": theirs}
+        plain = base(PROMPT, **QUICK, **cut, generator=seeded(0)).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert differ(personal, fixed)
+    assert differ(personal, guided)
+
+
 # ── Precision, compilation, offloading ────────────────────────────────────────────────────────
 
 
@@ -281,7 +332,11 @@ def test_the_subjects_wait_for_the_weights_of_an_offloaded_u_net(unet, make_adap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="model offload needs an accelerator")
-def test_cpu_offload(pipe, photo):
+def test_cpu_offload(pipe, make_adapter, photo):
+    """With trained layers of the image encoder, which stand in its own ones' places while it runs."""
+    pipe.adapter.uninstall(pipe.unet)
+    adapter = make_adapter(pipe.unet, image_encoder=pipe.image_encoder, image_layers=2)
+    pipe = quiet(MoAPipeline(**pipe.components | {"adapter": adapter}))
     call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
     latents = torch.randn(1, 4, 16, 16)
     expected = pipe.to("cuda")(PROMPT, **call, latents=latents).images
