@@ -319,6 +319,7 @@ class Installation:
         self.adapter = adapter
         self.attention = attention
         self.processors = {name: attn.processor for name, attn in attentions.items()}
+        self.processor_names = [f"{name}.processor" for name in attentions]
         self.trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self.handle = unet.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
@@ -342,7 +343,8 @@ class Installation:
         context = given.get("moa")
         if context is None:
             return args, kwargs
-        bring_weights(unet)
+        for module in (unet, *map(unet.get_submodule, self.processor_names)):
+            bring_weights(module)
         sample = args[0] if args else kwargs["sample"]
         check_precision(self.adapter, sample)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
@@ -375,13 +377,13 @@ def installation(unet: UNet2DConditionModel) -> Installation | None:
     return getattr(unet, "moa_installation", None)
 
 
-def bring_weights(unet: UNet2DConditionModel) -> None:
-    """accelerate and diffusers bring offloaded weights inside `forward`; Eq. 8 needs its own before that."""
-    registry = getattr(unet, "_diffusers_hook", None)
+def bring_weights(module: nn.Module) -> None:
+    """accelerate and diffusers bring offloaded weights inside `forward`: here they are needed before it."""
+    registry = getattr(module, "_diffusers_hook", None)
     group = None if registry is None else registry.get_hook("group_offloading")
-    for offload in (getattr(unet, "_hf_hook", None), group):
+    for offload in (getattr(module, "_hf_hook", None), group):
         if offload is not None:
-            offload.pre_forward(unet)
+            offload.pre_forward(module)
 
 
 def check_precision(adapter: MoAAdapter, sample: Tensor) -> None:
