@@ -356,7 +356,8 @@ def with_guidance(context: MoAContext, negative: Tensor, null_branch: NullBranch
 
 def without_guidance(context: MoAContext) -> MoAContext:
     """The conditional half of a doubled batch's context, as `with_guidance` got it."""
-    halves = {name: value.chunk(2)[1] for name, value in vars(context).items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in vars(context).items() if isinstance(value, Tensor)}
+    halves: dict[str, Any] = {name: value.chunk(2)[1] for name, value in tensors.items()}
     return replace(context, **halves)
 
 
