@@ -7,6 +7,7 @@ only the adapter saves them. A forward pre-hook on the U-Net takes the timestep 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -282,6 +283,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
 
     # ── Saving ─────────────────────────────────────────────────────────────────────────────────
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # pipelines hand on the arguments of the signature alone
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """config.json, the trained tensors as safetensors, and a model card unless the folder has one."""
         super().save_pretrained(save_directory, **kwargs)
@@ -317,6 +319,7 @@ class Installation:
         self.adapter = adapter
         self.attention = attention
         self.processors = {name: attn.processor for name, attn in attentions.items()}
+        self.processor_names = [f"{name}.processor" for name in attentions]
         self.trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self.handle = unet.register_forward_pre_hook(self.before_forward, with_kwargs=True)
 
@@ -340,10 +343,10 @@ class Installation:
         context = given.get("moa")
         if context is None:
             return args, kwargs
-        offload = getattr(unet, "_hf_hook", None)
-        if offload is not None:  # accelerate brings the weights inside `forward`; Eq. 8 needs them here
-            offload.pre_forward(unet)
+        for module in (unet, *map(unet.get_submodule, self.processor_names)):
+            bring_weights(module)
         sample = args[0] if args else kwargs["sample"]
+        check_precision(self.adapter, sample)
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         prepared = self.adapter.layer_input(context, sample, timestep)
         return args, {**kwargs, "cross_attention_kwargs": {**given, "moa": prepared}}
@@ -355,6 +358,7 @@ class CleanSave:
     def __init__(self, unet: UNet2DConditionModel):
         self.unet = unet
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # as the adapter's
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         previous = installation(self.unet)
         assert previous is not None
@@ -373,6 +377,24 @@ def installation(unet: UNet2DConditionModel) -> Installation | None:
     return getattr(unet, "moa_installation", None)
 
 
+def bring_weights(module: nn.Module) -> None:
+    """accelerate and diffusers bring offloaded weights inside `forward`: here they are needed before it."""
+    registry = getattr(module, "_diffusers_hook", None)
+    group = None if registry is None else registry.get_hook("group_offloading")
+    for offload in (getattr(module, "_hf_hook", None), group):
+        if offload is not None:
+            offload.pre_forward(module)
+
+
+def check_precision(adapter: MoAAdapter, sample: Tensor) -> None:
+    """ValueError, with the cure, if adapter and U-Net differ in precision; autocast joins them."""
+    if adapter.dtype != sample.dtype and not torch.is_autocast_enabled(sample.device.type):
+        raise ValueError(
+            f"the U-Net runs in {sample.dtype}, the MoA adapter in {adapter.dtype}: call "
+            "adapter.to(unet.device, unet.dtype), or run under torch.autocast"
+        )
+
+
 def check_layout(context: MoAContext, sample: Tensor) -> int:
     """The batch size, which every tensor of the context must have; ValueError says which one has not."""
     batch = sample.shape[0]
@@ -382,7 +404,8 @@ def check_layout(context: MoAContext, sample: Tensor) -> int:
             raise ValueError(
                 f"the U-Net runs a batch of {batch}, but the MoA context's `{what}` has {rows} rows. Make "
                 "the context with the guidance (on or off) of the pipeline call; a Conditioning is repeated "
-                "for num_images_per_prompt already, so leave the pipeline's at 1"
+                "for num_images_per_prompt already, so leave the pipeline's at 1. A callback that ends "
+                "guidance halfway must halve the context as well: moa.conditioner.without_guidance"
             )
     return batch
 

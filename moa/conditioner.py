@@ -9,13 +9,15 @@ adapter installed. A subject is a photo (`moa.photos.Photo`) or a precomputed im
 
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.utils import BaseOutput, scale_lora_layers, unscale_lora_layers
 from PIL import Image
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -67,10 +69,13 @@ class PromptEncoder:
         return min(self.tokenizer.model_max_length, limit)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Token embeddings [B, T, D] of the frozen text encoder, as Stable Diffusion computes them."""
+    def encode_text(self, prompts: Sequence[str], lora_scale: float | None = None) -> Tensor:
+        """Token embeddings [B, T, D] of the frozen text encoder, as Stable Diffusion computes them.
+
+        lora_scale: that of LoRA layers in the text encoder; None leaves them as they are.
+        """
         inputs = self.tokenizer(
-            list(prompts),
+            [self.spelled_out(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.max_tokens,
             truncation=True,
@@ -80,7 +85,12 @@ class PromptEncoder:
         mask = None
         if getattr(self.text_encoder.config, "use_attention_mask", False):
             mask = inputs.attention_mask.to(device)
-        return self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
+        with lora_scaled(self.text_encoder, lora_scale):
+            return self.text_encoder(inputs.input_ids.to(device), attention_mask=mask)[0]
+
+    def spelled_out(self, prompt: str) -> str:
+        """The prompt with every token of textual inversions of several vectors, as diffusers reads it."""
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, self.tokenizer)
 
     def token_indices(self, prompt: str, spans: Sequence[Span]) -> list[int]:
         """The last token of each span of characters (start, end), end exclusive: there the feature goes.
@@ -92,16 +102,20 @@ class PromptEncoder:
         """
         ids, offsets = self._tokens(prompt)
         indices = []
-        for start, end in spans:
-            check_whole_word(prompt, start, end)
+        for span in spans:
+            check_whole_word(prompt, *span)
+            start, end = (len(self.spelled_out(prompt[:at])) for at in span)
             inside = [i for i, (s, e) in enumerate(offsets) if start <= s < e <= end]
             if not inside:
-                raise ValueError(f"{prompt[start:end]!r} has no token of its own in the prompt {prompt!r}")
+                raise ValueError(f"{prompt[slice(*span)]!r} has no token of its own in the prompt {prompt!r}")
             indices.append(inside[-1])
         return self._checked(prompt, indices, ids, offsets)
 
     def explicit_tokens(self, prompt: str, indices: Sequence[int]) -> list[int]:
-        """Token indices given by hand, checked as those of `token_indices`."""
+        """Token indices given by hand, checked as those of `token_indices`.
+
+        Each vector of a textual inversion is a token.
+        """
         ids, offsets = self._tokens(prompt)
         for index in indices:
             if not 0 < index < len(ids) - 1:
@@ -109,8 +123,9 @@ class PromptEncoder:
         return self._checked(prompt, [int(index) for index in indices], ids, offsets)
 
     def _tokens(self, prompt: str) -> tuple[list[int], list[Span]]:
-        """All token ids of a prompt, and their characters."""
-        encoded = self.tokenizer(prompt, return_offsets_mapping=True, truncation=False, verbose=False)
+        """All token ids of a prompt, and their characters in `spelled_out(prompt)`."""
+        text = self.spelled_out(prompt)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
         ids = encoded["input_ids"]
         if len(ids) > self.max_tokens:
             logger.warning(
@@ -120,7 +135,7 @@ class PromptEncoder:
 
     def _checked(self, prompt: str, indices: list[int], ids: list[int], offsets: list[Span]) -> list[int]:
         for index in indices:
-            word = prompt[slice(*offsets[index])]
+            word = self.spelled_out(prompt)[slice(*offsets[index])]
             if index >= self.max_tokens - 1:
                 raise ValueError(
                     f"{word!r} is token {index} of the prompt {prompt!r}, past the {self.max_tokens} that "
@@ -187,7 +202,10 @@ class SubjectConditioner(PromptEncoder):
         guidance: bool = True,
         prior_only: bool | Sequence[bool] = False,
         null_branch: NullBranch | None = None,
+        personalize_below: int | None = None,
+        sparse_threshold: float | None = None,
         recorder: Recorder | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
     ) -> Conditioning:
         """Encode a batch of prompts, each with its own subjects (none, one or more).
 
@@ -198,7 +216,9 @@ class SubjectConditioner(PromptEncoder):
             indices.
         guidance: whether the pipeline runs classifier-free guidance (guidance_scale > 1); doubles the batch.
         prior_only: images of the base U-Net; one for all prompts, or one each.
-        null_branch: None takes the conditioner's.
+        null_branch, personalize_below, sparse_threshold: None takes the conditioner's.
+        cross_attention_kwargs: what else goes to the U-Net. "scale", that of a LoRA, holds for the text
+            encoder too, as in diffusers.
 
         Raises:
             ValueError: a word not in its prompt, past the text encoder's limit, or not one for each
@@ -206,19 +226,26 @@ class SubjectConditioner(PromptEncoder):
         """
         texts, photos, kind, places = as_batch(prompts, subjects, spans=spans, words=words, tokens=tokens)
         index = [self._bind(*row, kind) for row in zip(texts, photos, places, strict=True)]
-        embeds = self.encode_text(texts).repeat_interleave(num_images_per_prompt, 0)
+        others = cross_attention_kwargs or {}
+        scale = others.get("scale")
+        embeds = self.encode_text(texts, scale).repeat_interleave(num_images_per_prompt, 0)
         fixed = [prior_only] * len(texts) if isinstance(prior_only, bool) else list(prior_only)
         if len(fixed) != len(texts):
             raise ValueError(f"prior_only has {len(fixed)} entries for {len(texts)} prompts: give one each")
         features = self._features(photos)
         context = self._context(embeds, features, index, fixed, num_images_per_prompt)
         context.recorder = recorder
+        if personalize_below is not None:
+            context.personalize_below = personalize_below
+        if sparse_threshold is not None:
+            context.sparse_threshold = check_sparse_threshold(sparse_threshold)
         if not guidance:
-            return Conditioning(prompt_embeds=embeds, cross_attention_kwargs={"moa": context})
-        negative = self._negative(negative_prompts, len(texts)).repeat_interleave(num_images_per_prompt, 0)
+            return Conditioning(prompt_embeds=embeds, cross_attention_kwargs={**others, "moa": context})
+        negative = self._negative(negative_prompts, len(texts), scale)
+        negative = negative.repeat_interleave(num_images_per_prompt, 0)
         branch = self.null_branch if null_branch is None else check_null_branch(null_branch)
         context = with_guidance(context, negative, branch)
-        return Conditioning(embeds, negative, {"moa": context})
+        return Conditioning(embeds, negative, {**others, "moa": context})
 
     def pixel_values(self, photos: Sequence[Photo]) -> Tensor:
         """Whole photos, padded to squares, as the image encoder wants them: [N, 3, H, W], on its device."""
@@ -254,14 +281,16 @@ class SubjectConditioner(PromptEncoder):
             return self.token_indices(prompt, find_words(prompt, places))
         return self.token_indices(prompt, places) if kind == "spans" else self.explicit_tokens(prompt, places)
 
-    def _negative(self, negative_prompts: str | Sequence[str] | None, count: int) -> Tensor:
+    def _negative(
+        self, negative_prompts: str | Sequence[str] | None, count: int, lora_scale: float | None
+    ) -> Tensor:
         if negative_prompts is None or isinstance(negative_prompts, str):
-            return self.encode_text([negative_prompts or ""]).expand(count, -1, -1)
+            return self.encode_text([negative_prompts or ""], lora_scale).expand(count, -1, -1)
         if len(negative_prompts) != count:
             raise ValueError(
                 f"{len(negative_prompts)} negative prompts for {count} prompts: give one, or one each"
             )
-        return self.encode_text(negative_prompts)
+        return self.encode_text(negative_prompts, lora_scale)
 
     def _features(self, subjects: Sequence[Sequence]) -> list[list[Tensor]]:
         """Feature [F] of each subject of each prompt; all photos run through the image encoder at once."""
@@ -323,6 +352,26 @@ def with_guidance(context: MoAContext, negative: Tensor, null_branch: NullBranch
         personalize_below=context.personalize_below,
         sparse_threshold=context.sparse_threshold,
     )
+
+
+def without_guidance(context: MoAContext) -> MoAContext:
+    """The conditional half of a doubled batch's context, as `with_guidance` got it."""
+    tensors = {name: value for name, value in vars(context).items() if isinstance(value, Tensor)}
+    halves: dict[str, Any] = {name: value.chunk(2)[1] for name, value in tensors.items()}
+    return replace(context, **halves)
+
+
+@contextmanager
+def lora_scaled(model: nn.Module, scale: float | None) -> Iterator[None]:
+    """Within the `with` block the LoRA layers of `model` have that scale, as a pipeline's call gives it."""
+    if scale is None:
+        yield
+        return
+    scale_lora_layers(model, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(model, scale)
 
 
 def check_null_branch(value: NullBranch) -> NullBranch:

@@ -13,11 +13,12 @@ MIN_SIDE = 16
 def to_rgb(photo: Photo) -> Image.Image:
     """A photo of any mode as 8-bit RGB, upright (EXIF), transparency on white.
 
-    Arrays and tensors: [H, W] or [H, W, 3] and [3, H, W], uint8, 16-bit, or float in [0, 1].
+    Arrays and tensors: [H, W] or [H, W, 3] and [3, H, W], uint8, uint16, or float in [0, 1].
     16-bit grey is scaled, not clipped. PIL's mode F counts as float in [0, 1].
 
     Raises:
-        ValueError: broken, not finite, or less than 16 pixels a side.
+        ValueError: broken, not finite, less than 16 pixels a side, or of another type (int64 does not say
+        what is white).
         TypeError: no image at all.
     """
     if isinstance(photo, Tensor):
@@ -39,10 +40,10 @@ def to_rgb(photo: Photo) -> Image.Image:
 def convert(photo: Image.Image) -> Image.Image:
     """Any mode of PIL to RGB: 16-bit grey scaled, transparency on white.
 
-    Raises ValueError for grey of more than 8 bits whose values are out of range (see `from_array`).
+    Raises ValueError for grey of more than 8 bits whose values are out of range (see `scaled`).
     """
     if photo.mode == "F" or photo.mode.startswith("I"):
-        return from_array(np.asarray(photo)).convert("RGB")
+        return scaled(np.asarray(photo), 1.0 if photo.mode == "F" else 65535.0).convert("RGB")
     if photo.has_transparency_data:
         over = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
@@ -57,19 +58,27 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def from_array(array: np.ndarray) -> Image.Image:
-    """[H, W] or [H, W, 3] of uint8, wider integers in 16-bit range, or floats in [0, 1], as an 8-bit image.
+    """[H, W] or [H, W, 3] of uint8, uint16, or floats in [0, 1], as an 8-bit image.
 
     Raises:
-        ValueError: another shape, values that are not finite or out of range.
+        ValueError: another shape or type, values that are not finite or out of range.
     """
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         raise ValueError(f"a subject's image has shape {array.shape}; [H, W] or [H, W, 3] is wanted")
     if array.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(array))
+    if np.issubdtype(array.dtype, np.floating):
+        return scaled(array, 1.0)
+    if np.issubdtype(array.dtype, np.uint16):
+        return scaled(array, 65535.0)
+    raise ValueError(f"a subject's image is {array.dtype}; give uint8, uint16, or float from 0 to 1")
+
+
+def scaled(array: np.ndarray, top: float) -> Image.Image:
+    """Values from 0 to `top` as an 8-bit image; ValueError if there are others."""
     values = array.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("a subject's image has NaN or infinite pixels")
-    top = 1.0 if np.issubdtype(array.dtype, np.floating) else 65535.0
     low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
     if low < 0 or high > top:
         raise ValueError(f"a subject's image has values from {low:g} to {high:g}; 0 to {top:g} is wanted")

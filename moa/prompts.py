@@ -61,14 +61,17 @@ class PositionEncoding(nn.Module):
         self.frequencies = frequencies
         self.linear = nn.Linear(4 * frequencies, dim)
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        """timestep [B] in [0, TIMESTEPS] → [L, B, dim], for all layers in the order in which they run."""
+    def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
+        """timestep [B] in [0, TIMESTEPS] → [L, B, dim], for all layers in the order in which they run.
+
+        dtype: what the linear layer computes in; its weights may be stored in another (layerwise casting).
+        """
         depth = torch.arange(self.layers, device=timestep.device) / max(self.layers - 1, 1)
         of_time = fourier_features(timestep.float() / TIMESTEPS, self.frequencies)
         of_layer = fourier_features(depth, self.frequencies)
         shape = (self.layers, timestep.shape[0], 2 * self.frequencies)
         features = torch.cat([of_time.expand(shape), of_layer[:, None].expand(shape)], dim=-1)
-        return self.linear(features.to(self.linear.weight.dtype))
+        return self.linear(features.to(dtype))
 
 
 class MultimodalPrompt(nn.Module):
@@ -93,8 +96,9 @@ class MultimodalPrompt(nn.Module):
 
     def forward(self, features: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
         """features f [B, S, F], text c [B, S, D], timestep [B] → m_{t,l} [L, B, S, D]."""
-        joined = self.norm(torch.cat([features, text], dim=-1).to(self.norm.weight.dtype))
+        dtype = self.norm.weight.dtype  # no hook casts norms
+        joined = self.norm(torch.cat([features, text], dim=-1).to(dtype))
         if self.position is None or self.position_norm is None:
             return self.fuse(joined, text.to(joined.dtype)).expand(self.layers, *text.shape)
-        joined = joined + self.position_norm(self.position(timestep))[:, :, None]
+        joined = joined + self.position_norm(self.position(timestep, dtype))[:, :, None]
         return self.fuse(joined, text.to(joined.dtype))

@@ -454,6 +454,23 @@ def test_a_context_of_another_batch_is_an_error(unet, make_adapter, make_context
         unet(inputs[0], 5, inputs[2], cross_attention_kwargs={"moa": context})
 
 
+def test_another_precision_than_the_u_net_s_is_an_error_with_the_cure(
+    unet, make_adapter, inputs, make_context
+):
+    """But not under autocast, which joins them (`test_mixed_precision_trains`)."""
+    adapter = make_adapter(unet)
+    torch.nn.Module.to(unet, torch.bfloat16)
+    adapter.install(unet)
+    sample, time, text = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
+    context = make_context()
+    with pytest.raises(ValueError, match=r"bfloat16.*float32.*adapter\.to\(unet\.device, unet\.dtype\)"):
+        unet(sample, time, text, cross_attention_kwargs={"moa": context})
+    adapter.to(unet.device, unet.dtype)
+    context.text, context.features = text, context.features.bfloat16()
+    with torch.no_grad():
+        assert unet(sample, time, text, cross_attention_kwargs={"moa": context}).sample.isfinite().all()
+
+
 # ── Saving ────────────────────────────────────────────────────────────────────────────────────
 
 

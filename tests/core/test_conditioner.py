@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from moa import Recorder
-from moa.conditioner import PromptEncoder, find_words
+from moa.conditioner import PromptEncoder, find_words, without_guidance
 from tests.core.conftest import IMAGE_DIM, TEXT_DIM, TOKENS
 
 PROMPT = "a man and a woman with a red hat"  # tokens: 0 start, 1 a, 2 man, 3 and, 4 a, 5 woman, …
@@ -155,6 +155,25 @@ def test_text_is_encoded_as_stable_diffusion_does(prompts, base):
     assert torch.equal(prompts.encode_text(["", ""]), negative)
 
 
+def test_a_textual_inversion_of_several_vectors_is_read_as_diffusers_does(base, tokenizer, text_encoder):
+    """Three vectors a word: the prior's text is diffusers', and subjects find their words."""
+    words, model = copy.deepcopy(tokenizer), copy.deepcopy(text_encoder)
+    base.register_modules(tokenizer=words, text_encoder=model)
+    base.load_textual_inversion(torch.randn(3, TEXT_DIM), token="<sty>")
+    prompts = PromptEncoder(words, model)
+    given = ["a man on a <sty> and a woman", "<sty> man", "a man"]
+    assert torch.equal(prompts.encode_text(given), base.encode_prompt(given, "cpu", 1, False)[0])
+    ids = words(base.maybe_convert_prompt(given[0], words))["input_ids"]
+    found = prompts.token_indices(given[0], find_words(given[0], ["woman", "<sty>", "man"]))
+    assert words.convert_ids_to_tokens([ids[i] for i in found]) == ["woman</w>", "<sty>_2", "man</w>"]
+    assert prompts.explicit_tokens(given[0], [10]) == [10] == found[:1]
+    with pytest.raises(ValueError, match="1 … 10 are"):
+        prompts.explicit_tokens(given[0], [11])
+    long = "<sty> " * 6 + "man"
+    with pytest.raises(ValueError, match=f"'man' is token {TOKENS - 1} .*past the {TOKENS}"):
+        prompts.token_indices(long, find_words(long, ["man"]))
+
+
 # ── Batches ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -193,6 +212,16 @@ def test_without_guidance_there_is_no_unconditional_half(conditioner):
     assert out.context.text.shape[0] == 1
 
 
+def test_the_conditional_half_is_the_context_without_guidance(conditioner):
+    call = dict(subjects=[[torch.ones(IMAGE_DIM)], []], words=[["man"], []], num_images_per_prompt=2)
+    both = conditioner(["a man", "a horse"], **call).context
+    half = conditioner(["a man", "a horse"], **call, guidance=False).context
+    found = vars(without_guidance(both))
+    assert found.keys() == vars(half).keys()
+    for name, value in vars(half).items():
+        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value
+
+
 def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
     unet, make_adapter, make_conditioner
 ):
@@ -202,6 +231,14 @@ def test_null_branch_and_cut_are_settings_of_the_conditioner_and_of_a_call(
     assert conditioner("a man", null_branch="expert").context.prior_only.tolist() == [False, False]
     with pytest.raises(ValueError, match="null_branch: 'none'"):
         conditioner("a man", null_branch="none")
+
+
+def test_what_else_goes_to_the_u_net_rides_along(conditioner):
+    for guidance in (True, False):
+        out = conditioner("a man", guidance=guidance, cross_attention_kwargs={"scale": 0.5})
+        assert out.cross_attention_kwargs == {"scale": 0.5, "moa": out.context}
+    with pytest.raises(ValueError, match="sparse_threshold: 2"):
+        conditioner("a man", sparse_threshold=2)
 
 
 def test_the_cut_is_the_adapters_unless_one_is_given(unet, make_adapter, make_conditioner):

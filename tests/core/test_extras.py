@@ -24,11 +24,14 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from moa import MoAPipeline
+from moa.conditioner import without_guidance
 from tests.core.conftest import IMAGE_DIM, TEXT_DIM, UNET, plain_parts, seeded
 
 PROMPT = "a man and a woman"
@@ -70,6 +73,27 @@ def test_img2img(pipe, photo):
     other = quiet(StableDiffusionImg2ImgPipeline(**plain_parts(pipe)))
     call = {"image": photo(9, size=(32, 32)), "strength": 0.9, "num_inference_steps": 4}
     holds(pipe, other, photo, call, call | {"image": photo(10, size=(32, 32))})
+
+
+def test_pipelines_become_each_other(pipe, base, photo):
+    """diffusers' `from_pipe`, there and back, on the same models in the precision asked for."""
+    dtype = torch.bfloat16
+    models = {name: copy.deepcopy(getattr(pipe, name)) for name in ("vae", "text_encoder")}
+    pipe.register_modules(**models, image_encoder=copy.deepcopy(pipe.image_encoder))
+    base.register_modules(**models)
+    pipe.to(dtype)
+    call = {"subjects": [photo(1)], "subject_words": ["man"], "prompt": PROMPT, **QUICK}
+    expected = pipe(**call, generator=seeded(0)).images
+    start = {"image": photo(9, size=(32, 32)), "strength": 0.9, "num_inference_steps": 4}
+    painted = images(pipe, quiet(StableDiffusionImg2ImgPipeline(**plain_parts(pipe))), photo, start)
+    other = quiet(StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=dtype))
+    assert other.unet is pipe.unet
+    assert np.array_equal(images(pipe, other, photo, start), painted)
+    pipe.adapter.uninstall(pipe.unet)
+    parts = {name: getattr(pipe, name) for name in ("adapter", "image_encoder", "feature_extractor")}
+    again = quiet(MoAPipeline.from_pipe(base, **parts, dtype=dtype))
+    assert again.adapter.dtype == again.unet.dtype == dtype
+    assert np.array_equal(again(**call, generator=seeded(0)).images, expected)
 
 
 def half_mask():
@@ -126,12 +150,20 @@ def test_multi_controlnet(pipe, photo):
 # ── Style ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_lora(unet, folder, targets):
-    """A LoRA file as training scripts write it, of random weights."""
-    styled = copy.deepcopy(unet)
+def lora_layers(model, targets):
+    """Random weights of a LoRA for these layers of `model`."""
+    styled = copy.deepcopy(model)
     torch.manual_seed(11)
     styled.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(styled))
+    return get_peft_model_state_dict(styled)
+
+
+def save_lora(unet, folder, targets, text_encoder=None):
+    """A LoRA file as training scripts write it, of random weights, for the text encoder too if given."""
+    words = None
+    if text_encoder is not None:
+        words = convert_state_dict_to_diffusers(lora_layers(text_encoder, ["q_proj", "v_proj", "fc1"]))
+    StableDiffusionPipeline.save_lora_weights(folder, lora_layers(unet, targets), words)
 
 
 def test_a_lora_file_is_a_style_on_the_prior(pipe, base, photo, tmp_path):
@@ -167,6 +199,26 @@ def test_the_scale_of_a_lora_is_an_argument(pipe, photo, tmp_path):
     assert differ(full, before)
 
 
+@pytest.mark.parametrize("scale", [None, 0.0, 0.5])
+def test_the_scale_of_a_lora_holds_for_the_text_encoder(pipe, base, photo, tmp_path, scale):
+    """`base` is diffusers' pipeline on the same models."""
+    for owner in (pipe, base):
+        owner.register_modules(text_encoder=copy.deepcopy(pipe.text_encoder))
+    before = images(pipe, base, photo, {})
+    with pipe.adapter.removed(pipe.unet):
+        save_lora(pipe.unet, tmp_path, PROJECTIONS, pipe.text_encoder)
+    pipe.load_lora_weights(tmp_path)
+    base.register_modules(text_encoder=pipe.text_encoder)
+    given = None if scale is None else {"scale": scale}
+    call = {**QUICK, "guidance_scale": 5.0, "negative_prompt": "hat"}
+    fixed = pipe(PROMPT, **call, generator=seeded(0), prior_only=True, cross_attention_kwargs=given).images
+    personal = images(pipe, base, photo, {}, cross_attention_kwargs=given)
+    with pipe.adapter.removed(pipe.unet):
+        plain = base(PROMPT, **call, generator=seeded(0), cross_attention_kwargs=given).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert differ(personal, before) == (scale != 0.0)
+
+
 # ── Schedulers ────────────────────────────────────────────────────────────────────────────────
 
 SCHEDULERS = [UniPCMultistepScheduler, DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler]
@@ -200,6 +252,34 @@ def test_a_u_net_that_embeds_the_guidance(pipe, photo):
     base = other(PROMPT, guidance_scale=8.0, **QUICK, generator=seeded(0)).images
     np.testing.assert_allclose(fixed, base, atol=1e-5)
     assert differ(personal, base)
+
+
+def end_guidance(pipe, step, time, values):
+    """docs/pipeline.md's."""
+    if step == 0:
+        pipe._guidance_scale = 0.0
+        values["prompt_embeds"] = values["prompt_embeds"].chunk(2)[1]
+        context = without_guidance(pipe.cross_attention_kwargs["moa"])
+        pipe._cross_attention_kwargs = {**pipe.cross_attention_kwargs, "moa": context}
+    return values
+
+
+def test_guidance_may_end_halfway(pipe, base, photo):
+    """diffusers' callback for it leaves the context as it is, which is an error that names the cure."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], "prompt": PROMPT, **QUICK}
+    theirs = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    with pytest.raises(ValueError, match=r"batch of 1.*ends guidance.*without_guidance"):
+        pipe(**call, callback_on_step_end=theirs)
+    ours = {"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    personal = pipe(**call, **ours, generator=seeded(0)).images
+    fixed = pipe(**call, **ours, generator=seeded(0), prior_only=True).images
+    guided = pipe(**call, generator=seeded(0)).images
+    with pipe.adapter.removed(pipe.unet):
+        cut = {"guidance_scale": 5.0, "callback_on_step_end": theirs}
+        plain = base(PROMPT, **QUICK, **cut, generator=seeded(0)).images
+    np.testing.assert_allclose(fixed, plain, atol=1e-5)
+    assert differ(personal, fixed)
+    assert differ(personal, guided)
 
 
 # ── Precision, compilation, offloading ────────────────────────────────────────────────────────
@@ -252,7 +332,11 @@ def test_the_subjects_wait_for_the_weights_of_an_offloaded_u_net(unet, make_adap
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="model offload needs an accelerator")
-def test_cpu_offload(pipe, photo):
+def test_cpu_offload(pipe, make_adapter, photo):
+    """With trained layers of the image encoder, which stand in its own ones' places while it runs."""
+    pipe.adapter.uninstall(pipe.unet)
+    adapter = make_adapter(pipe.unet, image_encoder=pipe.image_encoder, image_layers=2)
+    pipe = quiet(MoAPipeline(**pipe.components | {"adapter": adapter}))
     call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
     latents = torch.randn(1, 4, 16, 16)
     expected = pipe.to("cuda")(PROMPT, **call, latents=latents).images
@@ -270,6 +354,34 @@ def test_cpu_offload(pipe, photo):
 def test_sequential_offload_is_refused_with_the_cure(pipe):
     with pytest.raises(NotImplementedError, match="enable_model_cpu_offload"):
         pipe.enable_sequential_cpu_offload()
+
+
+def test_group_offload_is_refused_with_the_cure(pipe):
+    with pytest.raises(NotImplementedError, match=r"unet\.enable_group_offload"):
+        pipe.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+@pytest.mark.parametrize("kind", [{"offload_type": "leaf_level"}, {"num_blocks_per_group": 1}])
+def test_the_u_net_s_weights_may_wait_on_the_disk(pipe, photo, tmp_path, kind):
+    """Offloaded, they are memory of no meaning: what is computed before they are back is wrong."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
+    expected = pipe(PROMPT, **call, generator=seeded(0)).images
+    pipe.unet.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path), **kind)
+    with torch.no_grad():
+        for parameter in pipe.adapter.prompt.parameters():
+            parameter.fill_(torch.nan)
+    assert np.array_equal(pipe(PROMPT, **call, generator=seeded(0)).images, expected)
+
+
+def test_weights_stored_in_eight_bits_are_cast_layer_by_layer(pipe, photo):
+    """The weights are rounded, so the subject stays what it was to within that."""
+    call = {"subjects": [photo(1)], "subject_words": ["man"], **QUICK}
+    precise = pipe(PROMPT, **call, generator=seeded(0)).images
+    prior = pipe(PROMPT, **call, generator=seeded(0), prior_only=True).images
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert pipe.adapter.prompt.fuse.m1.fc1.weight.dtype == torch.float8_e4m3fn
+    rounded = pipe(PROMPT, **call, generator=seeded(0)).images
+    assert np.abs(rounded - precise).mean() < 0.5 * np.abs(precise - prior).mean()
 
 
 # ── What is refused ───────────────────────────────────────────────────────────────────────────

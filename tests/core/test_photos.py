@@ -64,6 +64,9 @@ def test_arrays_and_tensors_are_photos_too():
         rgb.astype(np.float32) / 255,
         torch.tensor(rgb).movedim(-1, 0),
         torch.tensor(rgb).movedim(-1, 0).half() / 255,
+        rgb.astype(np.uint16) * 257,
+        rgb.astype(">u2") * 257,
+        torch.tensor(rgb.astype(np.uint16) * 257).movedim(-1, 0),
     ]
     for photo in given:
         assert np.abs(pixels(to_rgb(photo)) - expected).max() <= 1
@@ -79,6 +82,11 @@ def test_arrays_and_tensors_are_photos_too():
         (Image.fromarray(np.full((20, 20), np.inf, np.float32)), "NaN or infinite"),
         (torch.full((3, 20, 20), float("nan")), "NaN"),
         (np.full((20, 20, 3), 3.0), "3 to 3; 0 to 1"),
+        (np.full((20, 20, 3), 255), "int64; give uint8, uint16"),
+        (torch.full((3, 20, 20), 255), "int64; give uint8, uint16"),
+        (np.full((20, 20), 255, np.int16), "int16; give uint8"),
+        (np.ones((20, 20), bool), "bool; give uint8"),
+        (Image.fromarray(np.full((20, 20), 70000, np.int32)), "70000 to 70000; 0 to 65535"),
         (np.zeros((20, 20, 4), np.uint8), r"shape \(20, 20, 4\)"),
         (np.zeros((0, 20), np.float32), "20 × 0"),
     ],

@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from moa import MoAPipeline, Recorder
+from moa import MoAAdapter, MoAPipeline, Recorder
 from tests.core.conftest import plain_parts, seeded
 
 PROMPT = "a man and a woman"
@@ -107,6 +109,24 @@ def test_the_null_branches_differ_and_neither_needs_guidance(pipe, one):
     assert np.array_equal(free[0], free[1])
 
 
+def test_the_conditioner_keeps_its_settings_and_follows_replaced_models(pipe, one):
+    settings = {"null_branch": "prior", "personalize_below": 500, "sparse_threshold": 0.4}
+    expected = pipe(**one | {"generator": seeded(0)}, **settings).images
+    plain = pipe(**one | {"generator": seeded(0)}).images
+    for name, value in settings.items():
+        setattr(pipe.conditioner, name, value)
+    assert np.array_equal(pipe(**one | {"generator": seeded(0)}).images, expected)
+    usual = {"null_branch": "expert", "personalize_below": 1000, "sparse_threshold": 0.0}
+    assert np.array_equal(pipe(**one | {"generator": seeded(0)}, **usual).images, plain)
+    assert np.abs(plain - expected).max() > 1e-3
+    before = pipe.conditioner.encode_text([PROMPT])
+    pipe.text_encoder = deepcopy(pipe.text_encoder)
+    pipe.text_encoder.get_input_embeddings().weight.mul_(2)
+    assert (pipe.conditioner.encode_text([PROMPT]) - before).abs().max() > 1e-3
+    pipe.register_modules(image_encoder=deepcopy(pipe.image_encoder))
+    assert pipe.conditioner.image_encoder is pipe.image_encoder
+
+
 def test_it_keeps_the_habits_of_diffusers(pipe, one):
     """Output class, tuple, latents in and out, callbacks, sizes, recorder."""
     steps, recorder = [], Recorder(["mid_block.attentions.0.transformer_blocks.0.attn2"])
@@ -156,6 +176,40 @@ def test_a_lost_processor_is_said_at_the_call(pipe, one):
         pipe(**one)
 
 
+@pytest.fixture
+def folders(pipe, base, image_processor, tmp_path):
+    """{"adapter" and "image_encoder": their folders}, beside the prior's; the adapter is out of the U-Net."""
+    pipe.adapter.save_pretrained(tmp_path / "adapter")
+    pipe.adapter.uninstall(pipe.unet)
+    base.save_pretrained(tmp_path / "prior")
+    pipe.image_encoder.save_pretrained(tmp_path / "encoder")
+    image_processor.save_pretrained(tmp_path / "encoder")
+    return {"adapter": tmp_path / "adapter", "image_encoder": tmp_path / "encoder"}
+
+
+@pytest.mark.parametrize("lacking", ["adapter", "image_encoder"])
+def test_a_part_that_is_nowhere_is_an_error_that_names_it(folders, tmp_path, lacking):
+    del folders[lacking]
+    with pytest.raises(ValueError, match=f"prior holds no {lacking}: give {lacking}="):
+        MoAPipeline.from_pretrained(pretrained_model_name_or_path=tmp_path / "prior", **folders)
+
+
+def test_where_to_load_from_goes_to_every_part(folders, tmp_path, monkeypatch):
+    """The hub itself is out of a test's reach: what the loads are asked for is looked at on their way."""
+    asked = {}
+    for kind in (MoAAdapter, CLIPVisionModelWithProjection, CLIPImageProcessor):
+
+        def load(*args, kind=kind, own=kind.from_pretrained, **kwargs):
+            asked[kind] = kwargs.get("cache_dir"), kwargs.get("local_files_only")
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", load)
+    MoAPipeline.from_pretrained(
+        tmp_path / "prior", **folders, cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert list(asked.values()) == [(tmp_path / "cache", True)] * 3
+
+
 def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, image_processor, tmp_path):
     expected = pipe(**one).images
     pipe.adapter.save_pretrained(tmp_path / "adapter")
@@ -185,6 +239,18 @@ def test_it_loads_all_parts_in_the_precision_asked_for(pipe, one, image_processo
     assert np.isfinite(loaded(**one).images).all()
 
 
+def test_parts_that_are_loaded_already_take_the_precision_too(pipe, one, base, tmp_path):
+    pipe.adapter.uninstall(pipe.unet)
+    base.save_pretrained(tmp_path)
+    parts = {"adapter": pipe.adapter, "image_encoder": deepcopy(pipe.image_encoder)}
+    loaded = MoAPipeline.from_pretrained(
+        tmp_path, **parts, feature_extractor=pipe.feature_extractor, dtype=torch.bfloat16
+    )
+    loaded.set_progress_bar_config(disable=True)
+    assert {model.dtype for model in (loaded.unet, *parts.values())} == {torch.bfloat16}
+    assert np.isfinite(loaded(**one).images).all()
+
+
 def test_weights_saved_in_half_precision_load_in_single(pipe, one, tmp_path):
     """As the shipped ones are; the parts of one pipeline must not differ."""
     pipe.text_encoder = deepcopy(pipe.text_encoder).half()
@@ -202,3 +268,21 @@ def test_the_whole_pipeline_is_saved_in_one_folder(pipe, one, tmp_path):
     loaded = MoAPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+
+
+def test_the_pipeline_s_folder_has_the_variant_and_the_size_of_files_asked_for(pipe, one, tmp_path):
+    """diffusers hands them to the parts whose `save_pretrained` names them."""
+    expected = pipe(**one).images
+    pipe.save_pretrained(tmp_path, variant="ours", max_shard_size="40KB")
+    for part in ("unet", "adapter"):
+        files = [file.name for file in (tmp_path / part).glob("*.safetensors")]
+        assert len(files) > 1
+        assert all(re.fullmatch(r"diffusion_pytorch_model\.ours-.*\.safetensors", name) for name in files)
+    loaded = MoAPipeline.from_pretrained(tmp_path, variant="ours")
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+    pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for part in ("unet", "adapter"):
+        assert [file.name for file in (tmp_path / "pickled" / part).glob("diffusion*")] == [
+            "diffusion_pytorch_model.bin"
+        ]
