@@ -13,8 +13,11 @@ from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa import runlock
-from moa.config import DEFAULT, load, read
+from moa.config import DEFAULT, check, load, read
+from moa.hashing import ROOT
 from moa.stages import STAGES, settings
+
+SCHEMA = ROOT / "workflow/schemas/config.schema.json"  # not there where only the package is installed
 
 
 def _simple(kind: Any) -> Any:
@@ -56,10 +59,18 @@ def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
     from moa.machine import check_device
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
-    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
+    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, _read(text), **values)
     loaded: Any = load(kind, mapping, STAGES[name].section.format(**values))
     check_device(getattr(loaded, "device", "cpu"))
     return loaded
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A configuration file, checked whole: no stage would miss a mistyped section of another name."""
+    config = read(path)
+    if SCHEMA.is_file():
+        check(config, SCHEMA)
+    return config
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -98,7 +109,7 @@ def main() -> int:
     """Exit status 0, or 1 after an error that a user can mend, said in one line."""
     try:
         run(sys.argv[1:])
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, KeyError, RuntimeError) as error:
         import traceback
 
         traceback.print_exc()

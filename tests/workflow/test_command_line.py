@@ -67,6 +67,28 @@ def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
 
 
+def test_a_mistyped_section_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage itself looks at its own section only, and would go on with the default's."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "changes.yaml").write_text("rendr: {train: 2}")
+    shard = ["--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b")]
+    with pytest.raises(ValueError, match=r"unknown key rendr; there are .*render"):
+        command_line.run(["render", "--config", str(tmp_path / "changes.yaml"), *shard])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_loss_that_is_no_number_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge() -> None:
+        raise FloatingPointError("the loss is nan at step 3: lower lr")
+
+    monkeypatch.setattr(command_line, "_function", lambda name: (diverge, {}))
+    monkeypatch.setattr("sys.argv", ["moa", "merge"])
+    assert command_line.main() == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the loss is nan at step 3: lower lr"
+
+
 @pytest.mark.parametrize("stage", ["train-moa", "generate"])
 def test_missing_gpu_is_said_before_anything_runs(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"prior": {"id": "a/b"}, "image_encoder": {"id": "a/b"}}
