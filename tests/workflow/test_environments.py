@@ -192,3 +192,9 @@ def test_a_cluster_gives_every_rule_that_loads_models_what_the_paper_preset_need
             resources["mem_mb"] > own and resources["runtime"] >= profile["default-resources"]["runtime"]
         ), name
     assert given["trial_train"] == given["train"]
+
+
+def test_rules_that_compute_say_what_they_cost() -> None:
+    silent = [name for name, rule in rules() if "benchmark:" not in rule]
+    assert [n for n in silent if re.search(r"mem_mb=|notebook:", dict(rules())[n])] == []
+    assert "plan" in silent
