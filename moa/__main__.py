@@ -54,13 +54,13 @@ def _function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     return stage, get_type_hints(stage)
 
 
-def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
-    """Settings of a stage, from its section as JSON or from a whole configuration file."""
+def _load(text: str, name: str, kind: type, options: dict[str, Any], change: str = "{}") -> Any:
+    """Settings of a stage, from its section as JSON or from a whole configuration file, with `change`."""
     from moa.machine import check_device
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
     mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, _read(text), **values)
-    loaded: Any = load(kind, mapping, STAGES[name].section.format(**values))
+    loaded: Any = load(kind, mapping | json.loads(change), STAGES[name].section.format(**values))
     check_device(getattr(loaded, "device", "cpu"))
     return loaded
 
@@ -94,6 +94,8 @@ def run(arguments: Sequence[str]) -> None:
     if configured:
         help = f"a configuration file, whole or with changes to {DEFAULT}, or the stage's settings as JSON"
         parser.add_argument("--config", default=str(DEFAULT), help=help)
+        help = "settings of the stage as JSON that take the place of those in --config"
+        parser.add_argument("--change", default="{}", help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
             _add_option(parser, parameter, kinds[parameter.name])
@@ -101,7 +103,8 @@ def run(arguments: Sequence[str]) -> None:
     options.pop("stage")
     runlock.hold_from_environment()
     for key in configured:
-        options[key] = _load(options.pop("config"), name, kinds[key], options)
+        given, change = options.pop("config"), options.pop("change")
+        options[key] = _load(given, name, kinds[key], options, change)
     function(**options)
 
 

@@ -60,6 +60,18 @@ def test_a_file_with_changes_is_merged_with_the_default(
     assert loaded == replace(whole, steps=7)
 
 
+def test_single_settings_take_the_place_of_those_of_the_configuration(tmp_path: Path) -> None:
+    shard = ["--split", "train", "--shard", "0", "--truth", str(tmp_path / "truth")]
+    for name, given in (
+        ("whole", ['{"train": 2, "size": 32}']),
+        ("changed", ['{"train": 9, "size": 32}', "--change", '{"train": 2}']),
+    ):
+        command_line.run(["render", "--config", *given, "--raw", str(tmp_path / name), *shard])
+    assert (tmp_path / "changed").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(ValueError, match=r"unknown key render\.sise"):
+        command_line.run(["render", "--change", '{"sise": 2}', "--raw", str(tmp_path / "no"), *shard])
+
+
 def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     shard = ("--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b"))
     done = run("render", "--config", '{"sise": 64}', *shard)
