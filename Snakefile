@@ -8,6 +8,7 @@ from snakemake.utils import min_version
 
 from moa import runlock, stages
 from moa.config import check, complete
+from moa.evaluation import protocol
 
 min_version("9.27")
 
@@ -18,6 +19,7 @@ SCHEMA = workflow.source_path("workflow/schemas/config.schema.json")
 check(config, SCHEMA)
 for changed in stages.every_trial(config):
     check(changed, SCHEMA)
+protocol.load(config["protocol"])
 
 if workflow.is_main_process:
     runlock.start_run()

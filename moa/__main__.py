@@ -13,8 +13,11 @@ from importlib import import_module
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa import runlock
-from moa.config import DEFAULT, load, read
+from moa.config import DEFAULT, check, load, read
+from moa.hashing import ROOT
 from moa.stages import STAGES, settings
+
+SCHEMA = ROOT / "workflow/schemas/config.schema.json"  # not there where only the package is installed
 
 
 def _simple(kind: Any) -> Any:
@@ -51,15 +54,23 @@ def _function(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     return stage, get_type_hints(stage)
 
 
-def _load(text: str, name: str, kind: type, options: dict[str, Any]) -> Any:
-    """Settings of a stage, from its section as JSON or from a whole configuration file."""
+def _load(text: str, name: str, kind: type, options: dict[str, Any], change: str = "{}") -> Any:
+    """Settings of a stage, from its section as JSON or from a whole configuration file, with `change`."""
     from moa.machine import check_device
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
-    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, read(text), **values)
-    loaded: Any = load(kind, mapping, STAGES[name].section.format(**values))
+    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, _read(text), **values)
+    loaded: Any = load(kind, mapping | json.loads(change), STAGES[name].section.format(**values))
     check_device(getattr(loaded, "device", "cpu"))
     return loaded
+
+
+def _read(path: str) -> dict[str, Any]:
+    """A configuration file, checked whole: no stage would miss a mistyped section of another name."""
+    config = read(path)
+    if SCHEMA.is_file():
+        check(config, SCHEMA)
+    return config
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -83,6 +94,8 @@ def run(arguments: Sequence[str]) -> None:
     if configured:
         help = f"a configuration file, whole or with changes to {DEFAULT}, or the stage's settings as JSON"
         parser.add_argument("--config", default=str(DEFAULT), help=help)
+        help = "settings of the stage as JSON that take the place of those in --config"
+        parser.add_argument("--change", default="{}", help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
             _add_option(parser, parameter, kinds[parameter.name])
@@ -90,7 +103,8 @@ def run(arguments: Sequence[str]) -> None:
     options.pop("stage")
     runlock.hold_from_environment()
     for key in configured:
-        options[key] = _load(options.pop("config"), name, kinds[key], options)
+        given, change = options.pop("config"), options.pop("change")
+        options[key] = _load(given, name, kinds[key], options, change)
     function(**options)
 
 
@@ -98,7 +112,7 @@ def main() -> int:
     """Exit status 0, or 1 after an error that a user can mend, said in one line."""
     try:
         run(sys.argv[1:])
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, ArithmeticError, OSError, KeyError, RuntimeError) as error:
         import traceback
 
         traceback.print_exc()

@@ -19,15 +19,31 @@ def read(path: str | Path) -> dict[str, Any]:
     return resolve(complete(_mapping(path)))
 
 
-def _mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML file as it is. Raises ValueError naming the file if it is no mapping."""
+def _yaml(path: str | Path) -> Any:
+    """What a YAML file holds. Raises ValueError naming the file if it is none."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
+
+
+def _mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file as it is. Raises ValueError naming the file if it is no mapping."""
+    config = _yaml(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values")
     return config
+
+
+def read_list(path: str | Path) -> list[dict[str, Any]]:
+    """A YAML file that is a list of mappings. Raises ValueError naming file and entry if it is not."""
+    entries = _yaml(path)
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of entries such as `- key: value`")
+    for n, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}[{n}] must be a mapping of keys to values, not {entry!r}")
+    return entries
 
 
 def complete(config: Mapping[str, Any], default: Path = DEFAULT) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from moa.data.records import decode_image, sha256
 from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.files import write_atomically
-from moa.hashing import code_hash, file_hash, model_hash
+from moa.hashing import code_hash, file_hash, model_hash, registering
 from moa.machine import libraries, peak_memory
 from moa.methods import MethodConfig, ModelSource, Request, Sampling, Subject, build
 from moa.trained import trained_folder
@@ -226,7 +226,7 @@ def base_key(name: str, config: MethodConfig) -> str:
         revisions=[config.prior.revision, config.image_encoder.revision],
         trained=trained_hash(config.trained),
         pool=[_described(subject) for subject in config.pool],
-        code=code_hash("moa.generation", "moa.baselines.*", "moa.miniature.ceiling"),
+        code=code_hash("moa.generation", *registering(name)),
         libraries=libraries(),
         device=config.device,
     )

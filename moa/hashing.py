@@ -10,12 +10,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # the folder that holds the package
+REGISTERED = (
+    "moa.baselines.*",
+    "moa.miniature.ceiling",
+)  # where methods register themselves, in `moa.methods`
 
 
 def _file(module: str, root: Path) -> Path | None:
@@ -58,13 +62,36 @@ def _submodules(package: str, root: Path) -> list[str]:
     return [".".join(path.parts).removesuffix(".__init__") for path in relative]
 
 
+def _named(modules: Iterable[str], root: Path) -> list[str]:
+    """Modules by their names; `moa.baselines.*` names a whole package."""
+    return [m for name in modules for m in (_submodules(name[:-2], root) if name.endswith(".*") else [name])]
+
+
+def _registers(file: Path, method: str) -> bool:
+    """Whether a file calls `register` with the method's name."""
+    calls = [n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    return any(
+        isinstance(call.func, ast.Name)
+        and call.func.id == "register"
+        and [a.value for a in call.args if isinstance(a, ast.Constant)] == [method]
+        for call in calls
+    )
+
+
+def registering(method: str, root: Path = ROOT) -> tuple[str, ...]:
+    """The module that registers a method; all that could, if none does it by a name that can be read."""
+    modules = [(module, _file(module, root)) for module in _named(REGISTERED, root)]
+    found = tuple(sorted(module for module, file in modules if file and _registers(file, method)))
+    return found or REGISTERED
+
+
 def used_modules(*modules: str, root: Path = ROOT) -> dict[str, Path]:
     """Modules that `modules` use, themselves included, sorted by name.
 
     `moa.baselines.*` names a whole package. A package's `__init__` counts only where something is
     imported from it by name, not for being a parent.
     """
-    todo = [m for name in modules for m in (_submodules(name[:-2], root) if name.endswith(".*") else [name])]
+    todo = _named(modules, root)
     found: dict[str, Path] = {}
     while todo:
         module = todo.pop()

@@ -1,10 +1,20 @@
-"""Photos of subjects in whatever mode people have them → 8-bit RGB squares."""
+"""Photos of subjects in whatever mode people have them → 8-bit RGB squares.
+
+Drawing photos, too, goes through here, in an environment without PyTorch: it is not imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import Tensor
 
-Photo = Image.Image | np.ndarray | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Photo: TypeAlias = "Image.Image | np.ndarray | Tensor"
 
 MIN_SIDE = 16
 """Smallest side of a photo in pixels: below it there is nothing to recognise."""
@@ -21,7 +31,7 @@ def to_rgb(photo: Photo) -> Image.Image:
         what is white).
         TypeError: no image at all.
     """
-    if isinstance(photo, Tensor):
+    if _is_tensor(photo):
         photo = as_array(photo)
     if isinstance(photo, np.ndarray):
         photo = from_array(photo)
@@ -48,6 +58,11 @@ def convert(photo: Image.Image) -> Image.Image:
         over = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return photo.convert("RGB")
+
+
+def _is_tensor(photo: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor; there are none before someone imports PyTorch."""
+    return "torch" in sys.modules and isinstance(photo, sys.modules["torch"].Tensor)
 
 
 def as_array(tensor: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,9 +21,13 @@ _held: list[IO[str]] = []  # open until the process ends
 
 
 def hold(path: Path) -> None:
-    """Hold the shared lock on `path` until this process ends; waits only for another run's clean-up."""
+    """Hold the shared lock on `path` until this process ends; waits only for another run's clean-up.
+
+    Where the file system has no locks nothing is held, and `start_run` has said so.
+    """
     file = path.open("a")
-    fcntl.flock(file, fcntl.LOCK_SH)
+    with suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_SH)
     _held.append(file)
 
 
@@ -56,6 +61,12 @@ def start_run(state: Path = Path(".snakemake")) -> None:
         except BlockingIOError:
             if any(locks.glob("*.lock")):
                 _warn_of(holders(path))
+        except OSError as error:
+            sys.stderr.write(
+                f"{state.resolve()} lies on a file system without locks ({error.strerror}): see to it that "
+                "only one run is at work in this folder. If Snakemake says that it is locked after a kill: "
+                "`snakemake --unlock`.\n"
+            )
     hold(path)
     os.environ[VARIABLE] = str(path)
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])

@@ -6,6 +6,7 @@ plain function; its first parameter is its settings (a frozen dataclass), the ot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ TOP_LEVEL: dict[str, Any] = {
     "tuning": GRID,
     "ablations": GRID,
 }
+TRIAL_NAME = r"[\w.+-]+"  # it becomes a folder's name
 OPTIONAL = {"weights", "train_seeds", "tuning", "ablations"}
 
 
@@ -72,6 +74,7 @@ class Stage:
     )  # setting: dotted key elsewhere in the configuration
     registers: tuple[str, ...] = ()  # modules that it uses without importing them by name
     alias: str = ""  # another name on the command line
+    reads: tuple[str, ...] = ()  # keys of its section; "{…}" as in `section`; none = all
 
     @property
     def module(self) -> str:
@@ -82,11 +85,20 @@ JUDGES = {key: f"models.{key}" for key in ("clip_judge", "segmenter", "identity"
 PRIOR = {key: f"models.{key}" for key in ("prior", "image_encoder")}
 DEVICE = {"device": "device"}
 PHOTOS = "data.photos", {"source": "source"}
-REGISTERED = ("moa.baselines.*", "moa.miniature.ceiling")  # by moa.methods, by name
 
 STAGES: dict[str, Stage] = {
-    "render": Stage("moa.miniature.dataset:run", "draw a shard of the miniature's photos", "render"),
-    "render-subjects": Stage("moa.miniature.dataset:run_subjects", "draw evaluation subjects", "render"),
+    "render": Stage(
+        "moa.miniature.dataset:run",
+        "draw a shard of the miniature's photos",
+        "render",
+        reads=("seed", "size", "{split}", "shard_size", "pairs", "props"),
+    ),
+    "render-subjects": Stage(
+        "moa.miniature.dataset:run_subjects",
+        "draw evaluation subjects",
+        "render",
+        reads=("seed", "size", "subjects_{split}"),
+    ),
     "lock-photos": Stage("moa.data.sources.lock:run", "lock and list a source of photos", *PHOTOS),
     "photos": Stage("moa.data.sources.photos:run", "take in a shard of photos", *PHOTOS),
     "quarantine": Stage(
@@ -145,10 +157,14 @@ STAGES: dict[str, Stage] = {
         "make one image of your own subjects",
         "generate",
         PRIOR | DEVICE | {"output": "output"},
-        REGISTERED,
+        hashing.REGISTERED,
     ),
     "generate-shard": Stage(
-        "moa.generation:run", "make the images of a shard of requests", "generate", PRIOR | DEVICE, REGISTERED
+        "moa.generation:run",
+        "make the images of a shard of requests",
+        "generate",
+        PRIOR | DEVICE,
+        hashing.REGISTERED,
     ),
     "router": Stage(
         "moa.evaluation.router:record",
@@ -238,6 +254,15 @@ def settings(name: str, config: Config, **options: str) -> dict[str, Any]:
     return section | {setting: get(config, key.format(**options)) for setting, key in stage.shared.items()}
 
 
+def read_settings(name: str, config: Config, **options: str) -> dict[str, Any]:
+    """As `settings`, of its section only what the stage reads with these options."""
+    read = {key.format(**options) for key in STAGES[name].reads}
+    given = settings(name, config, **options)
+    return {
+        key: value for key, value in given.items() if not read or key in read or key in STAGES[name].shared
+    }
+
+
 def changes(config: Config, grid: str, method: str, name: str) -> Mapping[str, Any]:
     """What a trial of a grid, "tuning" or "ablations", changes; of the prior's trials, see `prior_trial`."""
     if method == "prior":
@@ -269,7 +294,8 @@ def can_be_tried(config: Config, method: str) -> bool:
 def every_trial(config: Config) -> Iterator[dict[str, Any]]:
     """The configurations of all trials, to be checked before any of them runs.
 
-    Raises ValueError naming the key of a method that cannot be tried, or of ablations without a reference.
+    Raises ValueError naming the key of a method that cannot be tried, of ablations without a reference, or of
+    a trial whose name cannot be a folder's.
     """
     for grid in ("tuning", "ablations"):
         for method, trials in config.get(grid, {}).items():
@@ -281,6 +307,11 @@ def every_trial(config: Config) -> Iterator[dict[str, Any]]:
             if grid == "ablations":
                 reference(method, trials)
             for name in trials:
+                if not isinstance(name, str) or not re.fullmatch(TRIAL_NAME, name):
+                    raise ValueError(
+                        f"{grid}.{method}: a trial cannot be called {name!r}; its name is a folder's, of "
+                        "letters, digits and _ . + -"
+                    )
                 yield trial(config, grid, method, name)
 
 
@@ -308,10 +339,10 @@ def train_seeds(config: Config) -> dict[str, dict[str, int]]:
     return {"": given} | {f"-seed-{seed}": {"seed": seed} for seed in others}
 
 
-def code(name: str) -> str:
-    """Hash of the modules that stage `name` uses."""
+def code(name: str, method: str = "") -> str:
+    """Hash of the modules that stage `name` uses; for one method, of no other method's."""
     stage = STAGES[name]
-    return hashing.code_hash(stage.module, *stage.registers)
+    return hashing.code_hash(stage.module, *(hashing.registering(method) if method else stage.registers))
 
 
 def shards(config: Config, split: str) -> int:

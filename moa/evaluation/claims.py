@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
-from moa.config import load
+from moa.config import load, read_list
 from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation import samples
@@ -89,8 +88,7 @@ class Claim:
 
 def read_claims(path: str | Path) -> list[Claim]:
     """Claims from YAML. Raises ValueError naming file and key of one that is mistyped."""
-    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    return [load(Claim, entry, f"{path}[{n}]") for n, entry in enumerate(entries)]
+    return [load(Claim, entry, f"{path}[{n}]") for n, entry in enumerate(read_list(path))]
 
 
 # --- Verdicts ---------------------------------------------------------------------------------------------

@@ -49,8 +49,3 @@ class ClipJudge:
                 )
         output = self.model.get_text_features(**tokens.to(self.device))
         return unit(output.pooler_output.cpu().numpy())
-
-
-def consistency(images: Floats, texts: Floats) -> Floats:
-    """Cosines [N] between unit vectors [N, D] of images and of their prompts."""
-    return np.einsum("nd,nd->n", images, texts)

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import yaml
 
 from moa.choose import spread
-from moa.evaluation.samples import Row
+
+if TYPE_CHECKING:  # the workflow reads protocols too, without PyTorch
+    from moa.evaluation.samples import Row
 
 PLACEHOLDER = "{S}"
 

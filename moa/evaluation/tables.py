@@ -17,8 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from moa.config import read_list
 from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation import samples
@@ -537,8 +536,8 @@ def _named_path(argument: str) -> tuple[str, str]:
 
 
 def read_published(path: str | Path) -> list[Row]:
-    """Rows of config/published.yaml. Raises DataError naming the file and the key that is missing."""
-    rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    """Rows of config/published.yaml. Raises ValueError naming the file and what is wrong or missing in it."""
+    rows = read_list(path)
     for row in rows:
         missing = {"method", "ip", "pc", "reference"} - set(row)
         if missing:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def key(**parts: Any) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the kernel frees it when the holder ends, killed or not.
 
+    A file system without locks is a warning, and the run goes on.
+
     Raises:
         RuntimeError: another process holds it.
     """
@@ -53,12 +56,18 @@ def locked(folder: Path) -> Iterator[None]:
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise RuntimeError(
                 f"{path} is held by process {file.read().strip() or '?'}, which trains the same thing: "
                 "wait for it, or end it"
             ) from error
+        except OSError as error:  # such as ENOLCK
+            warnings.warn(
+                f"{folder} lies on a file system without locks ({error.strerror}): see to it that no other "
+                "process trains the same thing",
+                stacklevel=3,
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -115,7 +115,3 @@ class TrainConfig:
             return self.lr
         progress = (step - self.lr_warmup) / max(1, self.steps - self.lr_warmup)
         return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# Settings that change how work is done, never what comes out; checkpoints are found again when they change.
-OPERATIONAL = frozenset({"workers", "checkpoint_every", "checkpoint_seconds", "checkpoints_kept", "trackers"})

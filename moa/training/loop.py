@@ -33,8 +33,9 @@ from moa.machine import check_device, libraries, peak_memory
 from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
-from moa.training.config import OPERATIONAL, TrainConfig
+from moa.training.config import TrainConfig
 from moa.training.dataset import Records, batches, keyed_seed
+from moa.training.operational import OPERATIONAL
 from moa.training.trainee import Trainee
 from moa.training.validation import ValidationGrid
 

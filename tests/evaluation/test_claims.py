@@ -13,7 +13,7 @@ from evaluation_fakes import make_rows
 
 from moa.data.errors import DataError
 from moa.data.records import write_rows
-from moa.evaluation import claims, measures, samples
+from moa.evaluation import claims, measures, samples, tables
 from moa.evaluation.claims import Claim, judge, verdict
 from moa.evaluation.measures import MEASURE, Measures
 from moa.evaluation.samples import KEPT
@@ -217,6 +217,22 @@ def test_mistyped_claims_are_refused(tmp_path, entry, message):
     (tmp_path / "claims.yaml").write_text(f"- {entry}\n")
     with pytest.raises(ValueError, match=message):
         claims.read_claims(tmp_path / "claims.yaml")
+
+
+@pytest.mark.parametrize("read", [claims.read_claims, tables.read_published])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- {claim: [", r"entries\.yaml is no YAML: "),
+        ("", r"entries\.yaml must hold a list of entries"),
+        ("claim: c", r"entries\.yaml must hold a list of entries"),
+        ("- claim", r"entries\.yaml\[0\] must be a mapping of keys to values, not 'claim'"),
+    ],
+)
+def test_broken_lists_are_named(tmp_path, read, text, message):
+    (tmp_path / "entries.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "entries.yaml")
 
 
 def test_sizes_share_their_bands_between_methods():

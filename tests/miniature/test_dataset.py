@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moa import stages
 from moa.data.records import RAW, SUBJECT, TRUTH, decode_image, decode_mask, read_rows, sha256
 from moa.miniature import dataset
 from moa.miniature.dataset import RenderConfig, choose_subjects, draw_scene
@@ -115,3 +116,28 @@ def test_test_subjects_include_held_out_attribute_pairs():
 def test_impossible_requests_say_what_is_possible(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_shard_is_drawn_with_the_settings_that_its_job_follows(tmp_path, split):
+    """The workflow draws again when one of these changes, and has no others to give."""
+    whole = {"seed": 3, "size": 32, "train": 5, "validation": 4, "shard_size": 3, "pairs": 0.9, "props": 0.8}
+    whole |= {"subjects_validation": 2, "subjects_test": 4}
+    config = {"render": whole}
+    other = {"train": "validation", "validation": "train"}[split]
+    read = stages.read_settings("render", config, split=split, shard="001")
+    assert read == {k: v for k, v in whole.items() if k != other and not k.startswith("subjects")}
+    for name, given in (("whole", whole), ("read", read)):
+        paths = tmp_path / name, tmp_path / f"{name}-truth"
+        dataset.run(dataset.RenderConfig(**given), split, 1, *paths)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "read").read_bytes()
+    assert (tmp_path / "whole-truth").read_bytes() == (tmp_path / "read-truth").read_bytes()
+
+
+def test_subjects_are_drawn_with_the_settings_that_their_job_follows(tmp_path):
+    whole = {"seed": 3, "size": 32, "train": 5, "pairs": 0.9, "subjects_validation": 3, "subjects_test": 2}
+    read = stages.read_settings("render-subjects", {"render": whole}, split="validation")
+    assert read == {"seed": 3, "size": 32, "subjects_validation": 3}
+    for name, given in (("whole", whole), ("read", read)):
+        dataset.run_subjects(dataset.RenderConfig(**given), "validation", tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "read").read_bytes()

@@ -60,11 +60,45 @@ def test_a_file_with_changes_is_merged_with_the_default(
     assert loaded == replace(whole, steps=7)
 
 
+def test_single_settings_take_the_place_of_those_of_the_configuration(tmp_path: Path) -> None:
+    shard = ["--split", "train", "--shard", "0", "--truth", str(tmp_path / "truth")]
+    for name, given in (
+        ("whole", ['{"train": 2, "size": 32}']),
+        ("changed", ['{"train": 9, "size": 32}', "--change", '{"train": 2}']),
+    ):
+        command_line.run(["render", "--config", *given, "--raw", str(tmp_path / name), *shard])
+    assert (tmp_path / "changed").read_bytes() == (tmp_path / "whole").read_bytes()
+    with pytest.raises(ValueError, match=r"unknown key render\.sise"):
+        command_line.run(["render", "--change", '{"sise": 2}', "--raw", str(tmp_path / "no"), *shard])
+
+
 def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     shard = ("--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b"))
     done = run("render", "--config", '{"sise": 64}', *shard)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
+
+
+def test_a_mistyped_section_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage itself looks at its own section only, and would go on with the default's."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "changes.yaml").write_text("rendr: {train: 2}")
+    shard = ["--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b")]
+    with pytest.raises(ValueError, match=r"unknown key rendr; there are .*render"):
+        command_line.run(["render", "--config", str(tmp_path / "changes.yaml"), *shard])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_loss_that_is_no_number_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge() -> None:
+        raise FloatingPointError("the loss is nan at step 3: lower lr")
+
+    monkeypatch.setattr(command_line, "_function", lambda name: (diverge, {}))
+    monkeypatch.setattr("sys.argv", ["moa", "merge"])
+    assert command_line.main() == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: the loss is nan at step 3: lower lr"
 
 
 @pytest.mark.parametrize("stage", ["train-moa", "generate"])

@@ -174,6 +174,12 @@ def test_trials_train_with_the_seed_of_what_they_are_compared_with() -> None:
         ("ablations", {"textual_inversion": {"default": {}}}, r"ablations\.textual_inversion: only"),
         ("ablations", {"prior": {"default": {}}}, r"ablations\.prior: only"),
         ("ablations", {"moa": {"x": {"train": {"lr": 1.0}}}}, r"ablations\.moa: none changes nothing; add"),
+        (
+            "tuning",
+            {"moa": {"lr=5e-4": {}}},
+            r"tuning\.moa: a trial cannot be called 'lr=5e-4'; .* of letters",
+        ),
+        ("tuning", {"moa": {1: {}}}, r"tuning\.moa: a trial cannot be called 1; "),
     ],
 )
 def test_trials_that_cannot_end_well_are_named_before_any_runs(grid: str, trials: dict, message: str) -> None:

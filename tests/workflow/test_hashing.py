@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from moa.hashing import code_hash, model_files, model_hash, settings_hash, used_modules
+from moa.hashing import (
+    REGISTERED,
+    code_hash,
+    model_files,
+    model_hash,
+    registering,
+    settings_hash,
+    used_modules,
+)
 
 
 @pytest.fixture
@@ -45,6 +53,49 @@ def test_changes_with_what_is_used_only(package: Path) -> None:
     after = code_hash("moa.part.c", root=package), code_hash("moa.other", root=package)
     assert before[0] != after[0]
     assert before[1] == after[1]
+
+
+def test_another_method_is_none_of_a_methods_code(package: Path) -> None:
+    """Images of a method are made again for its own module, and what that imports, alone."""
+    (package / "moa/baselines").mkdir()
+    (package / "moa/miniature").mkdir()
+    sources = {
+        "baselines/prior": "@register('prior')\ndef make(): ...",
+        "baselines/words": "from moa.baselines.prior import make\n@register('words')\ndef f(): ...",
+        "baselines/computed": "NAME = 'odd'\n@register(NAME)\ndef f(): ...",
+        "miniature/ceiling": "@register('ceiling')\ndef make(): ...",
+    }
+    for name, text in sources.items():
+        (package / f"moa/{name}.py").write_text(text)
+
+    def codes() -> dict[str, str]:
+        code_hash.cache_clear()
+        names = ("prior", "words", "ceiling", "odd")
+        return {name: code_hash("moa.other", *registering(name, package), root=package) for name in names}
+
+    def changed(module: str, text: str) -> set[str]:
+        before = codes()
+        (package / f"moa/{module}.py").write_text(text)
+        return {name for name, code in codes().items() if code != before[name]}
+
+    assert registering("words", package) == ("moa.baselines.words",)
+    assert registering("odd", package) == REGISTERED
+    assert changed("baselines/portrait", "@register('portrait')\ndef make(): ...") == {"odd"}
+    assert changed("baselines/words", sources["baselines/words"] + " # new") == {"words", "odd"}
+    assert changed("baselines/prior", sources["baselines/prior"] + " # new") == {"prior", "words", "odd"}
+    assert changed("other", "X = 1") == {"prior", "words", "ceiling", "odd"}
+
+
+def test_every_method_is_registered_where_its_code_is_looked_for() -> None:
+    """Its images' key and the workflow's jobs follow the module that its factory is of."""
+    from moa import methods, stages
+
+    for name in methods.method_names():
+        (module,) = registering(name)
+        assert module == methods.METHODS[name].__module__
+        used = used_modules("moa.generation", *registering(name))
+        other = {m for m in used_modules("moa.generation", *REGISTERED) if m not in used}
+        assert other and stages.code("generate-shard", name) == code_hash("moa.generation", module)
 
 
 def test_unknown_module_is_named(package: Path) -> None:

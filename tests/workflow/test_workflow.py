@@ -16,6 +16,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from moa.config import merge
 from moa.hashing import ROOT
 from tests.training import tiny
 from tests.workflow.conftest import Run
@@ -23,6 +24,11 @@ from tests.workflow.conftest import Run
 pytestmark = pytest.mark.slow
 
 MINIATURE = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())
+
+
+def jobs(said: str) -> dict[str, int]:
+    """How many jobs each rule would have, of the table that a dry run prints."""
+    return {name: int(number) for name, number in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)}
 
 
 @pytest.mark.parametrize("preset", ["miniature", "paper"])
@@ -33,8 +39,9 @@ def test_dry_run(snakemake: Run, weights: Path, preset: str) -> None:
         arguments += ["--configfile", "config/paper.yaml"]
     done = snakemake(*arguments, config=changed)
     assert done.returncode == 0, done.stderr
-    assert "train_moa" in done.stdout + done.stderr or "train" in done.stdout + done.stderr
-    assert ("render" in done.stdout + done.stderr) == (preset == "miniature")
+    planned = jobs(done.stdout)
+    assert planned["train"] == 2  # moa and fastcomposer
+    assert ("render" in planned) == (preset == "miniature")
     assert "results/benchmark" not in done.stdout + done.stderr
 
 
@@ -44,13 +51,34 @@ def test_the_benchmark_runs_alone_when_asked_for(snakemake: Run) -> None:
     assert done.returncode == 0, said
     assert "results/benchmark/unet.csv" in said
     assert "python -m moa benchmark-unet --config" in said
-    assert [rule for rule in ("render", "train", "generate") if f"rule {rule}:" in said] == []
+    assert jobs(done.stdout) == {"benchmark": 1, "total": 1}
 
 
 def test_wrong_key_stops_before_anything_runs(snakemake: Run) -> None:
     done = snakemake("--dry-run", config={"train": {"moa": {"learning_rate": 1}}})
     assert done.returncode == 1
     assert "unknown key train.moa.learning_rate" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("test", "kinds", "single", "images"), 0, "test.kinds.single.images must be a whole number"),
+        (("validation", "kinds"), None, "validation.kinds must be a mapping"),
+    ],
+)
+def test_wrong_protocol_stops_before_anything_runs(
+    snakemake: Run, project: Path, key: tuple[str, ...], value: object, message: str
+) -> None:
+    protocol = yaml.safe_load((ROOT / MINIATURE["protocol"]).read_text())
+    section = protocol
+    for name in key[:-1]:
+        section = section[name]
+    section[key[-1]] = value
+    (project / "protocol.yaml").write_text(yaml.safe_dump(protocol))
+    done = snakemake("--dry-run", config={"protocol": "protocol.yaml"})
+    assert done.returncode == 1
+    assert f"protocol.yaml: {message}" in done.stdout + done.stderr
 
 
 def test_missing_weights_are_named(snakemake: Run) -> None:
@@ -217,6 +245,33 @@ def test_unknown_methods_and_kinds_stop_before_anything_runs(
     done = snakemake("--dry-run", config={"methods": methods})
     assert done.returncode == 1
     assert message in done.stdout + done.stderr
+
+
+def test_what_a_job_does_not_read_makes_none_stale(snakemake: Run, project: Path) -> None:
+    """Neither how a training works, nor how many other photos are drawn, undoes what is there; lr does."""
+    config = {"output": "results/tiny", "render": {"train": 2, "validation": 2, "shard_size": 2}}
+    out = project / "results/tiny"
+    targets = ["data/raw/train-000.parquet", "subjects/validation.parquet", "train/moa"]
+    for name in [*targets[:2], "data/truth/train-000.parquet", "data/records/train-000.parquet"]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "train/moa").mkdir(parents=True)
+    asked = [f"results/tiny/{name}" for name in targets]
+    asked += ["--allowed-rules", "render", "render_subjects", "train"]
+    done = snakemake(*asked, "--touch", "--cores", "1", "--forceall", config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def stale(**changes: dict) -> set[str]:
+        done = snakemake(*asked, "--dry-run", config=merge(config, changes))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return set(jobs(done.stdout)) - {"total"}
+
+    work = {"workers": 1, "checkpoint_every": 7, "checkpoint_seconds": 9.0, "checkpoints_kept": 1}
+    assert stale(render={"subjects_test": 16}, train={"moa": work}) == set()
+    assert stale(render={"subjects_validation": 2}, train={"moa": {"lr": 1e-6}}) == {
+        "render_subjects",
+        "train",
+    }
 
 
 # --- SIGKILL ----------------------------------------------------------------------------------------------

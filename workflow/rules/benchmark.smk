@@ -10,6 +10,8 @@ rule benchmark:
         "results/benchmark/unet.csv",
     log:
         "results/benchmark/logs/unet.log",
+    benchmark:
+        "results/benchmark/benchmarks/unet.tsv"
     conda:
         "../../envs/models.yaml"
     threads: 2
@@ -30,6 +32,8 @@ rule benchmark_data:
         "results/benchmark/data.csv",
     log:
         "results/benchmark/logs/data.log",
+    benchmark:
+        "results/benchmark/benchmarks/data.tsv"
     conda:
         "../../envs/models.yaml"
     threads: 2
@@ -102,6 +106,8 @@ rule benchmark_scoring:
         "results/benchmark/scoring.csv",
     log:
         "results/benchmark/logs/scoring.log",
+    benchmark:
+        "results/benchmark/benchmarks/scoring.tsv"
     conda:
         "../../envs/models.yaml"
     threads: 1

@@ -9,6 +9,7 @@ from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS as PHOTO_SOURCES, PhotosConfig
 from moa.hashing import code_hash
 from moa.trained import PER_SUBJECT, TRAINED
+from moa.training.operational import OPERATIONAL
 
 CONFIG = resolve(config)
 OUT = CONFIG["output"]
@@ -27,15 +28,36 @@ wildcard_constraints:
     method="|".join({"prior", "moa", "fastcomposer", *CONFIG["methods"]}),
     seed=f"(?:{'|'.join(SEEDS)})",  # also of the empty one
     grid="|".join(TRIED),
-    trial=r"[\w.+-]+",
+    trial=stages.TRIAL_NAME,
     kind=r"\w+",
 
 
 def settings(stage, **fixed):
     """A stage's settings as JSON: a job runs again if, and only if, one of them changes."""
     return lambda wildcards: json.dumps(
-        stages.settings(stage, CONFIG, **{**dict(wildcards.items()), **fixed}), sort_keys=True
+        stages.read_settings(stage, CONFIG, **{**dict(wildcards.items()), **fixed}), sort_keys=True
     )
+
+
+def training(wildcards):
+    """The settings of a training: with one of `train_seeds`, or of a trial."""
+    stage = f"train-{wildcards.method}"
+    if "trial" in wildcards.keys():
+        return stages.settings(stage, trial_config(wildcards))
+    return stages.settings(stage, CONFIG) | SEEDS[wildcards.seed]
+
+
+def trains(wildcards):
+    """Those settings of a training, as JSON, that decide on what comes out."""
+    chosen = training(wildcards)
+    return json.dumps({key: chosen[key] for key in chosen if key not in OPERATIONAL}, sort_keys=True)
+
+
+# Snakemake takes a parameter that depends on `threads` for no reason to run a job again.
+def works(wildcards, threads):
+    """The other settings of a training, as JSON: a finished one stays when they change."""
+    chosen = training(wildcards)
+    return json.dumps({key: chosen[key] for key in chosen if key in OPERATIONAL}, sort_keys=True)
 
 
 def code(stage):
@@ -107,10 +129,8 @@ def trial_models(*roles):
 
 
 def trial_settings(stage):
-    """A stage's settings in a trial, as JSON; `{method}` in its name stands for the trial's."""
-    return lambda wildcards: json.dumps(
-        stages.settings(stage.format(method=wildcards.method), trial_config(wildcards)), sort_keys=True
-    )
+    """A stage's settings in a trial, as JSON."""
+    return lambda wildcards: json.dumps(stages.settings(stage, trial_config(wildcards)), sort_keys=True)
 
 
 def trial_training(wildcards):

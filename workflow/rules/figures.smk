@@ -94,6 +94,8 @@ rule router_notebook:
         f"{OUT}/notebooks/router_maps.ipynb",
     log:
         notebook=f"{OUT}/notebooks/router_maps.ipynb",
+    benchmark:
+        f"{OUT}/benchmarks/router_notebook.tsv"
     conda:
         "../../envs/models.yaml"
     params:

@@ -51,7 +51,7 @@ rule generate:
         gpu=GPU,
     params:
         config=settings("generate-shard"),
-        code=code("generate-shard"),
+        code=lambda wildcards: stages.code("generate-shard", wildcards.method),
         trained=lambda wildcards, input: f"--trained {input.trained}" if input.trained else "",
         root=results,
         folder=lambda wildcards: f"{wildcards.method}{wildcards.seed}",

@@ -29,16 +29,15 @@ rule learn_subjects:
         mem_mb=3000,
         gpu=GPU,
     params:
-        config=lambda wildcards: json.dumps(
-            stages.settings(f"train-{wildcards.method}", CONFIG) | SEEDS[wildcards.seed], sort_keys=True
-        ),
+        config=trains,
+        work=works,
         code=lambda wildcards: code(f"train-{wildcards.method}")(wildcards),
         shard=lambda wildcards: int(wildcards.shard),
         shards=len(LEARNED),
     message:
         "Learning subjects: {wildcards.method}{wildcards.seed}, shard {wildcards.shard}"
     shell:
-        "python -m moa train-{wildcards.method} --config {params.config:q} --requests {input.requests}"
+        "python -m moa train-{wildcards.method} --config {params.config:q} --change {params.work:q} --requests {input.requests}"
         " --subjects {input.subjects} --shard {params.shard} --shards {params.shards} --output {output} > {log} 2>&1"
 
 

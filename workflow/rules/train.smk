@@ -20,12 +20,11 @@ rule train:
         mem_mb=6000,
         gpu=GPU,
     params:
-        config=lambda wildcards: json.dumps(
-            stages.settings(f"train-{wildcards.method}", CONFIG) | SEEDS[wildcards.seed], sort_keys=True
-        ),
+        config=trains,
+        work=works,
         code=lambda wildcards: code(f"train-{wildcards.method}")(wildcards),
     message:
         "Training {wildcards.method}{wildcards.seed}; `tail -f {log}` shows how far it is"
     shell:
-        "python -m moa train-{wildcards.method} --config {params.config:q} --records {input.records}"
-        " --subjects {input.subjects} --output {output.folder} > {log} 2>&1"
+        "python -m moa train-{wildcards.method} --config {params.config:q} --change {params.work:q}"
+        " --records {input.records} --subjects {input.subjects} --output {output.folder} > {log} 2>&1"

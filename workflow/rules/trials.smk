@@ -13,8 +13,6 @@ use rule train as trial_train with:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-train.log",
     benchmark:
         f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-train.tsv"
-    params:
-        config=trial_settings("train-{method}"),
     message:
         "Training {wildcards.method}, {wildcards.grid}: {wildcards.trial}; `tail -f {log}` shows how far it is"
 
