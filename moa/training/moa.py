@@ -40,7 +40,10 @@ class MoATrainee(Trainee):
             image_layers=config.image_encoder_layers,
             loss_layers=None if config.loss_layers is None else list(config.loss_layers),
             personalize_below=config.personalize_below,
+            experts=config.experts,
             router=config.router,
+            router_width=config.router_width,
+            frequencies=config.frequencies,
             spacetime=config.spacetime,
         )
         nn.Module.to(pipe.unet, config.frozen_dtype)  # its own `to` warns of parts it does not have

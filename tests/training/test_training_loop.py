@@ -215,6 +215,21 @@ def test_an_ablation_trains_less_and_is_loaded_as_it_was_trained(
     }
 
 
+def test_more_experts_train_apart_and_are_loaded_as_they_were_trained(models, shards, subjects, tmp_path):
+    """Several personalization experts start equal: their routers' random start must tell them apart."""
+    config = tiny.config(models, experts=3, router="mlp", router_width=5, frequencies=2)
+    moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+    adapter = load_adapter(tmp_path / "train" / "moa", "cpu", torch.float32)
+    keys = ("experts", "router", "router_width", "frequencies")
+    assert [adapter.config[key] for key in keys] == [3, "mlp", 5, 2]
+    for name in adapter.sizes:
+        first, second = adapter.mixture(name).experts
+        assert not torch.equal(first.value.weight, second.value.weight)
+        assert adapter.mixture(name).router[0].out_features == 5
+    with pytest.raises(ValueError, match="experts: 1; there are the prior and at least one"):
+        moa.MoATrainee(tiny.config(models, experts=1), "cpu")
+
+
 def test_a_changed_setting_starts_anew(models, shards, monkeypatch):
     config = tiny.config(models)
     same = loop.run_key(tiny.config(models, checkpoint_every=7, workers=3), "moa", shards, "code")
