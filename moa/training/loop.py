@@ -216,7 +216,10 @@ class Trainer:
                 self._milestones()
 
     def _step(self, model: torch.nn.Module, optimizer: Any, parts: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step; returns its losses over all processes, and the gradient's norm."""
+        """One optimizer step; returns its losses over all processes, and the gradient's norm.
+
+        Raises FloatingPointError when one of them is no number, before it reaches the weights.
+        """
         config, sums = self.config, torch.zeros(len(LOSSES))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.progress.step)
@@ -227,17 +230,35 @@ class Trainer:
                 losses = model(batch)
                 self.accelerator.backward(losses["loss"] / config.accumulation)
             sums += torch.stack([losses[k].detach().float().cpu() for k in LOSSES]) / config.accumulation
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
-        optimizer.step()
+        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip))
+        means = self.accelerator.reduce(sums.to(self.accelerator.device), "mean").tolist()
+        values = dict(zip(LOSSES, means, strict=True)) | {"grad_norm": norm}
+        self._check_finite("loss", values["loss"])
+        self._update(optimizer, norm)
         optimizer.zero_grad()
         self._average()
-        means = self.accelerator.reduce(sums.to(self.accelerator.device), "mean").tolist()
-        values = dict(zip(LOSSES, means, strict=True)) | {"grad_norm": float(norm)}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.progress.step}: lower `lr` or change `precision`"
-            )
         return values
+
+    def _update(self, optimizer: Any, norm: float) -> None:
+        """The optimizer's step. Without a finite gradient there is none, but for one that the scaler skips.
+
+        Whether it did shows in its scale: a fused optimizer is called all the same, and skips by itself.
+        """
+        scaler = self.accelerator.scaler
+        if math.isfinite(norm) or scaler is None:
+            self._check_finite("gradient's norm", norm)
+            optimizer.step()
+            return
+        scale = scaler.get_scale()
+        optimizer.step()
+        if scaler.get_scale() >= scale:
+            self._check_finite("gradient's norm", norm)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value} at step {self.progress.step}: lower `lr` or change `precision`"
+            )
 
     @torch.no_grad()
     def _average(self) -> None:

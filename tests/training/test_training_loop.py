@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -273,6 +274,58 @@ def test_a_loss_that_is_no_number_stops_training(models, shards, subjects, tmp_p
         moa.run(
             tiny.config(models, lr=1e30, clip=1e30, steps=20), shards, subjects, tmp_path / "train" / "moa"
         )
+
+
+def spoil(monkeypatch, step: int, factor: float) -> None:
+    """Let the gradient of that step, and of it alone, come out so many times too large; the loss is right."""
+    forward, steps = moa.MoATrainee.forward, iter(range(100))
+
+    def spoiled(self, batch):
+        losses = forward(self, batch)
+        if next(steps) == step:
+            losses["loss"].register_hook(lambda gradient: gradient * factor)
+        return losses
+
+    monkeypatch.setattr(moa.MoATrainee, "forward", spoiled)
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(
+    models, shards, subjects, tmp_path, monkeypatch
+):
+    """Also not in the last step, whose weights no later loss would look at."""
+    config = tiny.config(models, steps=2, checkpoint_every=1, ema=0.5)
+    moa.run(config, shards, subjects, tmp_path / "whole" / "moa")
+    spoil(monkeypatch, 1, math.nan)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 1: lower `lr`"):
+        moa.run(config, shards, subjects, tmp_path / "parts" / "moa")
+    assert not (tmp_path / "parts" / "moa").exists()
+    monkeypatch.undo()
+    moa.run(config, shards, subjects, tmp_path / "parts" / "moa")  # from the checkpoint of before
+    assert_same(tmp_path / "whole" / "moa", tmp_path / "parts" / "moa")
+
+
+def scaled(models, shards, folder: Path) -> Trainer:
+    """A training whose loss is scaled as in fp16, which the CPU does not have."""
+    config = tiny.config(models, steps=3, log_every=1)
+    accelerator = loop.make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    return loop.build(config, moa.MoATrainee, shards, folder, accelerator, ())
+
+
+def test_steps_that_the_scaler_skips_are_allowed(models, shards, tmp_path, monkeypatch):
+    trainer = scaled(models, shards, tmp_path / "skips")
+    spoil(monkeypatch, 1, math.inf)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0
+    assert not math.isfinite(trainer.progress.rows[1]["grad_norm"])
+    assert all(bool(p.isfinite().all()) for p in trainer.parameters.values())
+
+
+def test_a_norm_that_overflows_unseen_by_the_scaler_stops_training(models, shards, tmp_path, monkeypatch):
+    trainer = scaled(models, shards, tmp_path / "overflows")
+    spoil(monkeypatch, 1, 1e25)
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 1"):
+        trainer.train()
 
 
 def test_missing_weights_are_named(models, shards, subjects, tmp_path):
