@@ -63,6 +63,7 @@ class TrainConfig:
     image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
     attention: Literal["explicit", "sdpa"] = "sdpa"  # equal to rounding; which is faster depends on the CPU
     # Work
+    gradient_checkpointing: bool = False  # the backward pass runs the U-Net's blocks again: less memory
     cache: bool = True  # encode latents and captions once, in memory; false for large data
     workers: int = 0  # processes that load data; 0 = the training process itself
     log_every: int = 10  # steps a row of log.csv, which holds their mean

@@ -328,6 +328,27 @@ def test_a_norm_that_overflows_unseen_by_the_scaler_stops_training(models, shard
         trainer.train()
 
 
+@pytest.mark.parametrize("kind", [moa.MoATrainee, fastcomposer.FastComposerTrainee])
+def test_gradient_checkpointing_keeps_less_and_computes_the_same(kind, models, shards):
+    losses, gradients, kept = {}, {}, {}
+    for on in (False, True):
+        config = tiny.config(models, gradient_checkpointing=on, cache=False)
+        torch.manual_seed(0)
+        trainee, sizes = kind(config, "cpu"), []
+        data = loop.Records(
+            shards, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens
+        )
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+            losses[on] = trainee(next(loop.batches(data, 0, 1, 0)))
+        losses[on]["loss"].backward()
+        gradients[on] = {name: p.grad for name, p in trainee.trained().items()}
+        kept[on] = sum(sizes)
+    assert all(torch.equal(losses[True][name], loss) for name, loss in losses[False].items())
+    assert all(torch.equal(gradients[True][n], g) for n, g in gradients[False].items() if g is not None)
+    assert any(bool(g.any()) for g in gradients[True].values() if g is not None)
+    assert kept[True] < 0.5 * kept[False]
+
+
 def test_missing_weights_are_named(models, shards, subjects, tmp_path):
     config = tiny.config((tiny.ModelSource(str(tmp_path / "nowhere" / "prior")), models[1]))
     with pytest.raises(FileNotFoundError, match=r"nowhere/prior does not exist; check `models\.prior`"):
