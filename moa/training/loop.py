@@ -34,11 +34,12 @@ from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
 from moa.training.config import OPERATIONAL, TrainConfig
-from moa.training.dataset import Records, batches, keyed_seed
+from moa.training.dataset import Records, arrow_copies, batches, keyed_seed
 from moa.training.trainee import Trainee
 from moa.training.validation import ValidationGrid
 
 LOSSES = ("loss", "loss_masked", "loss_router", "loss_object")
+SCRATCH = "records"  # folder beside a run's checkpoints: records in a form that can be memory-mapped
 LOG_COLUMNS = ("step", *LOSSES, "lr", "grad_norm", "seconds")
 
 
@@ -406,8 +407,7 @@ def run(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             trainer.finish(output)
-            if not keep_checkpoints:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder / SCRATCH if keep_checkpoints else folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -425,7 +425,11 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(config.seed, "initial weights"))
         trainee = kind(config, str(accelerator.device))
-    data = Records(records, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens)
+    sizes, scratch = trainee.prior.sizes(trainee.crop_side()), folder / SCRATCH
+    if not config.cache:
+        with accelerator.main_process_first():  # the others find the copies
+            arrow_copies(records, scratch)
+    data = Records(records, config, sizes, trainee.prior.find_tokens, scratch)
     if config.cache:
         trainee.prior.fill(data)
     grid = None

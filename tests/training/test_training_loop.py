@@ -171,8 +171,11 @@ def test_accumulated_parts_equal_one_pass(name, models, shards, subjects, tmp_pa
 
 def test_cache_and_workers_change_nothing(models, shards, subjects, tmp_path):
     moa.run(tiny.config(models), shards, subjects, tmp_path / "cached" / "moa")
-    moa.run(tiny.config(models, cache=False, workers=1), shards, subjects, tmp_path / "fresh" / "moa")
+    fresh = tiny.config(models, cache=False, workers=1)
+    moa.run(fresh, shards, subjects, tmp_path / "fresh" / "moa", keep_checkpoints=True)
     rows_close(tmp_path / "cached" / "moa", tmp_path / "fresh" / "moa")
+    kept = {path.name for path in tmp_path.glob(".checkpoints/*/*")}
+    assert "step-00000004" in kept and loop.SCRATCH not in kept  # what records were mapped from goes
 
 
 def test_only_the_adapter_changes(models, shards, subjects, tmp_path):
@@ -338,7 +341,8 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(kind, models, s
         data = loop.Records(
             shards, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens
         )
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
+        keep = lambda x, sizes=sizes: sizes.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             losses[on] = trainee(next(loop.batches(data, 0, 1, 0)))
         losses[on]["loss"].backward()
         gradients[on] = {name: p.grad for name, p in trainee.trained().items()}
