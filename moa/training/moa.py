@@ -6,6 +6,7 @@ Entry point, called by `python -m moa train`: `run`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class MoATrainee(Trainee):
             router_width=config.router_width,
             frequencies=config.frequencies,
             spacetime=config.spacetime,
+            sources={"prior": asdict(config.prior), "image_encoder": asdict(config.image_encoder)},
         )
         nn.Module.to(pipe.unet, config.frozen_dtype)  # its own `to` warns of parts it does not have
         self.adapter.install(pipe.unet, config.attention)

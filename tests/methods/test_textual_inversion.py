@@ -96,7 +96,9 @@ def test_a_gradient_that_is_no_number_stops_at_its_step(config, monkeypatch):
         return loss(example) * (float("nan") if len(steps) == 2 else 1.0)
 
     monkeypatch.setattr(Example, "loss", spoiled)
-    with pytest.raises(FloatingPointError, match=r"gradient of test-0000 at step 1 is not finite: lower `lr`"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of test-0000 at step 1 is not finite: lower `lr`"
+    ):
         learn(config, ONE)
     assert len(steps) == 2
 

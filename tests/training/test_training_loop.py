@@ -224,6 +224,7 @@ def test_more_experts_train_apart_and_are_loaded_as_they_were_trained(models, sh
     config = tiny.config(models, experts=3, router="mlp", router_width=5, frequencies=2)
     moa.run(config, shards, subjects, tmp_path / "train" / "moa")
     adapter = load_adapter(tmp_path / "train" / "moa", "cpu", torch.float32)
+    assert [adapter.config[role]["id"] for role in ("prior", "image_encoder")] == [m.id for m in models]
     keys = ("experts", "router", "router_width", "frequencies")
     assert [adapter.config[key] for key in keys] == [3, "mlp", 5, 2]
     for name in adapter.sizes:
