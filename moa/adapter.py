@@ -4,6 +4,7 @@ While installed the adapter's modules are children of the U-Net too (moves and o
 only the adapter saves them. A forward pre-hook on the U-Net takes the timestep to Eq. 8 and checks the batch.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,21 +32,24 @@ from moa.attention import (
 from moa.layers import attention_layers, last_layers, named_layers, select_loss_layers, sizes_of
 from moa.prompts import MultimodalPrompt
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
 CARD = """---
 library_name: diffusers
-tags: [mixture-of-attention, text-to-image, personalization]
+{base_model}tags: [mixture-of-attention, text-to-image, personalization]
 ---
 
 # MoA adapter
 
 Mixture-of-Attention for a diffusion U-Net: {experts} experts (the prior is the U-Net itself) in {layers}
 attention layers, {parameters:,} trained parameters, image features of {image_feature_dim} channels. The
-U-Net and the image encoder are not in this folder.
+U-Net and the image encoder are not in this folder: it was made for the prior `{prior}` and the image encoder
+`{image_encoder}`.
 
 ```python
 from moa import MoAPipeline
 
-pipe = MoAPipeline.from_pretrained("<prior>", adapter="<this folder>", image_encoder="<image encoder>")
+pipe = MoAPipeline.from_pretrained("{prior}", adapter="<this folder>", image_encoder="{image_encoder}")
 pipe("a man riding a horse", subjects=[photo], subject_words=["man"]).images[0]
 ```
 """
@@ -67,6 +71,8 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         personalize_below: int = 1000,
         loss_layers: list[str] | None = None,
         image_encoder_shapes: dict[str, list[int]] | None = None,
+        prior: dict[str, str | None] | None = None,
+        image_encoder: dict[str, str | None] | None = None,
     ):
         """Called by `from_unet` and `from_pretrained`: the decisions, and the sizes of the U-Net.
 
@@ -83,6 +89,8 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         loss_layers: qualified names, or beginnings of them ("mid_block"), of the losses' layers L; None
         for all.
         image_encoder_shapes: {parameter: shape} of the image encoder's layers that are trained too.
+        prior, image_encoder: {"id": hub name or folder, "revision": commit or None} of the models that it was
+        trained with, for the card; None if unknown.
         """
         super().__init__()
         if experts < 2:
@@ -120,6 +128,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         image_encoder: nn.Module | None = None,
         image_layers: int = 0,
         loss_layers: Sequence[str] | None = None,
+        sources: Mapping[str, Any] | None = None,
         **decisions: Any,
     ) -> Self:
         """An adapter sized for `unet`, on its device and dtype, whose experts are copies of its attention.
@@ -129,6 +138,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         image_layers: how many of the encoder's last layers are trained too (FastComposer: 2), as copies.
         loss_layers: None takes `select_loss_layers(unet)`.
         decisions: the constructor's experts, router, router_width, frequencies, spacetime, personalize_below.
+        sources: the constructor's prior and image_encoder, under these names.
 
         Raises:
             ValueError, TypeError: a U-Net that MoA does not fit, or has a LoRA in the projections to be
@@ -147,6 +157,7 @@ class MoAAdapter(ModelMixin, ConfigMixin):
                 image_feature_dim=image_feature_dim,
                 loss_layers=select_loss_layers(unet, loss_layers),
                 image_encoder_shapes={name: list(p.shape) for name, p in trained.items()},
+                **(sources or {}),
                 **decisions,
             )
         for name, attn in attentions.items():
@@ -168,6 +179,22 @@ class MoAAdapter(ModelMixin, ConfigMixin):
         """{parameter of the image encoder: trained tensor in its place}, for `torch.func.functional_call`."""
         names = self.config["image_encoder_shapes"] or {}
         return {name: self.image_encoder_layers[module_key(name)].to(device, dtype) for name in names}
+
+    def check_image_encoder(self, encoder: nn.Module) -> None:
+        """ValueError unless the encoder has the layers of which the adapter holds trained copies."""
+        shapes = self.config["image_encoder_shapes"] or {}
+        found = {name: list(p.shape) for name, p in encoder.named_parameters()} if shapes else {}
+        for name, shape in shapes.items():
+            if found.get(name) != shape:
+                about = f"{found[name]}" if name in found else "not there"
+                raise ValueError(
+                    f"the adapter trained the image encoder's {name}, {shape}; in this one it is {about}: "
+                    f"load the image encoder that the adapter was made for, {self._source('image_encoder')}"
+                )
+
+    def _source(self, role: str) -> str:
+        """Name of the prior or image encoder that it was made for."""
+        return (self.config[role] or {}).get("id") or f"<{role.replace('_', ' ')}>"
 
     # ── In and out of a U-Net ──────────────────────────────────────────────────────────────────
 
@@ -294,7 +321,11 @@ class MoAAdapter(ModelMixin, ConfigMixin):
     def model_card(self) -> str:
         """README.md of the adapter's folder."""
         parameters = sum(parameter.numel() for parameter in self.parameters())
-        return CARD.format(**{**self.config, "layers": len(self.sizes), "parameters": parameters})
+        names = {role: self._source(role) for role in ("prior", "image_encoder")}
+        hub = HUB_NAME.fullmatch(names["prior"]) and not Path(names["prior"]).exists()
+        known = {"layers": len(self.sizes), "parameters": parameters, **names}
+        base_model = f"base_model: {names['prior']}\n" if hub else ""
+        return CARD.format(**{**self.config, **known, "base_model": base_model})
 
     def _upload_folder(self, working_dir: str | Path, repo_id: str, **kwargs: Any) -> Any:
         """diffusers' upload, which has put an empty card over ours if the repository has none yet."""

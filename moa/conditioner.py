@@ -177,6 +177,8 @@ class SubjectConditioner(PromptEncoder):
             left to the prior, and cost no expert; 0 leaves none.
         """
         super().__init__(tokenizer, text_encoder)
+        if image_encoder is not None and adapter is not None:
+            adapter.check_image_encoder(image_encoder)
         self.image_encoder = image_encoder
         self.image_processor = image_processor
         self.adapter = adapter

@@ -12,7 +12,6 @@ key is right; so neither a half-written file nor one of another adapter is ever 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from moa.conditioner import find_words
 from moa.data.errors import BrokenImage
+from moa.data.phrases import person_phrases
 from moa.data.records import decode_image, sha256
 from moa.data.subjects import read_subjects
 from moa.evaluation import samples
@@ -126,7 +126,7 @@ def generate_one(
         subject: a photo each.
         prompt: such as "a man in a red hoodie".
         out: PNG to write.
-        word: what the prompt calls each subject; by default its first words among man, woman, person, ...
+        word: what the prompt calls each subject; by default its first words for people (man, child, ...).
         seed: of the starting noise.
         method: a name in `moa.methods.METHODS`.
         trained: folder of trained weights; by default the one below the configuration's `output`.
@@ -150,18 +150,16 @@ def generate_one(
 
 # --- Words and photos -------------------------------------------------------------------------------------
 
-PERSON_WORDS = ("man", "woman", "person", "boy", "girl", "lady", "guy")
-
 
 def first_words(prompt: str, count: int) -> list[tuple[int, int]]:
-    """Where the first `count` words for people stand. Raises ValueError if there are fewer."""
-    found = [m.span() for m in re.finditer(rf"\b({'|'.join(PERSON_WORDS)})\b", prompt, re.IGNORECASE)]
+    """Where the words for the first `count` people stand. Raises ValueError if there are fewer."""
+    found = person_phrases(prompt)
     if len(found) < count:
         raise ValueError(
-            f"{prompt!r} names {len(found)} of {count} subjects as {', '.join(PERSON_WORDS)}: "
+            f"{prompt!r} names {len(found)} of {count} subjects by words such as man, woman, child: "
             "say what it calls them with --word"
         )
-    return found[:count]
+    return [(person.end - len(person.word), person.end) for person in found[:count]]
 
 
 def read_photo(path: Path) -> Image.Image:

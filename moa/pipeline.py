@@ -101,7 +101,7 @@ class MoAPipeline(StableDiffusionPipeline):
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
         given = {name: part for name, part in parts.items() if part is not None}
         index = cls.load_config(pretrained_model_name_or_path, revision=kwargs.get("revision"), **hub)
-        for name in parts.keys() - given.keys():
+        for name in (name for name in parts if name not in given):
             if not index.get(name, [None])[0]:
                 raise ValueError(f"{pretrained_model_name_or_path} holds no {name}: give {name}=")
         return super().from_pretrained(pretrained_model_name_or_path, dtype=dtype, **kwargs, **given)

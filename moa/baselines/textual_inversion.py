@@ -180,7 +180,7 @@ def learn(pipe: Pipeline, subject: Subject, config: InversionConfig) -> tuple[Te
         Input embeddings [tokens, D], float32 on the CPU, and the mean loss of each `log_every` steps.
 
     Raises:
-        FloatingPointError: the loss is not finite. ValueError: a template that is too long, or `init_word`.
+        FloatingPointError: a gradient is not finite. ValueError: a template that is too long, or `init_word`.
     """
     start = first_vectors(pipe, config.init_word or subject.word, config.tokens)
     add_words(pipe, {subject.id: start})
@@ -192,16 +192,22 @@ def learn(pipe: Pipeline, subject: Subject, config: InversionConfig) -> tuple[Te
     optimizer = torch.optim.AdamW([vectors], lr=config.lr, weight_decay=config.weight_decay)
     losses: list[float] = []
     with in_place_of(pipe, ids, vectors):
-        for _ in tqdm(range(config.steps), desc=f"learn {subject.id}", unit="step", mininterval=5):
+        for step in tqdm(range(config.steps), desc=f"learn {subject.id}", unit="step", mininterval=5):
             loss = example.loss()
             loss.backward()
+            check_finite(vectors.grad, f"the gradient of {subject.id} at step {step}")
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-    if not bool(vectors.isfinite().all()):
-        raise FloatingPointError(f"the embedding of {subject.id} is not finite: lower `lr`")
+    check_finite(vectors, f"the embedding of {subject.id}")
     parts = [losses[i : i + config.log_every] for i in range(0, len(losses), config.log_every)]
     return vectors.detach().cpu(), [sum(part) / len(part) for part in parts]
+
+
+def check_finite(values: Tensor | None, what: str) -> None:
+    """Raise FloatingPointError, naming `what`, unless there are values and all are finite."""
+    if values is None or not bool(values.isfinite().all()):
+        raise FloatingPointError(f"{what} is not finite: lower `lr`")
 
 
 # --- The prior's new words --------------------------------------------------------------------------------

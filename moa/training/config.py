@@ -55,11 +55,15 @@ class TrainConfig:
     zoom: float = 1.0  # crops are enlarged up to so many times
     brightness: float = 0.0  # crops are brightened or darkened by at most this share
     personalize_below: int = 1000  # MoA: what the adapter asks of sampling; see `Sampling.personalize_below`
+    experts: int = 2  # MoA: N of Eq. 4, the prior included [paper]
     router: RouterKind = "linear"  # MoA: none = one fine-tuned path instead of the mixture [paper, ablation]
+    router_width: int = 64  # MoA: of the hidden layer that `router: mlp` has
+    frequencies: int = 8  # MoA: octaves of the Fourier features of t and of l in Eq. 8
     spacetime: bool = True  # MoA: false leaves t and l out of Eq. 8 [paper, ablation]
     image_encoder_layers: int = 2  # last layers of the image encoder that train too [FastComposer]
     attention: Literal["explicit", "sdpa"] = "sdpa"  # equal to rounding; which is faster depends on the CPU
     # Work
+    gradient_checkpointing: bool = False  # the backward pass runs the U-Net's blocks again: less memory
     cache: bool = True  # encode latents and captions once, in memory; false for large data
     workers: int = 0  # processes that load data; 0 = the training process itself
     log_every: int = 10  # steps a row of log.csv, which holds their mean

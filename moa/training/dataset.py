@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from moa.data import records
 from moa.data.crops import CropConfig, middle_square, subject_image, subject_masks
 from moa.data.errors import DataError
+from moa.files import write_atomically
 from moa.training.config import TrainConfig
 
 TokenFinder = Callable[[str, Sequence[tuple[int, int]]], Sequence[int]]  # prompt, spans -> token indices
@@ -103,21 +105,71 @@ def square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(middle if same else middle.resize((size, size), Image.Resampling.LANCZOS))
 
 
+COLUMNS = ["id", "image", "caption", "segments", "mask"]  # of a record, that training looks at
+
+
+def arrow_copies(paths: Sequence[str | Path], folder: Path) -> list[Path]:
+    """An Arrow copy of each shard in `folder`, made unless it is there: parquet cannot be memory-mapped.
+
+    Raises DataError as `records.read_table`.
+    """
+    return [_arrow_copy(Path(path), folder) for path in paths]
+
+
+def _arrow_copy(path: Path, folder: Path) -> Path:
+    stat = path.stat() if path.is_file() else None  # if it is none, read_table says what to do
+    version = keyed_seed(str(path.resolve()), stat.st_size, stat.st_mtime_ns) if stat else 0
+    copy = folder / f"{path.stem}-{version:016x}.arrow"
+    if not copy.is_file():
+        table = records.read_table(path, records.RECORD).select(COLUMNS)
+        write_atomically(copy, lambda part: _write_arrow(table, part))
+    return copy
+
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_records(paths: Sequence[str | Path], scratch: Path | None) -> pa.Table:
+    """The `COLUMNS` of all shards: in memory, or mapped from `arrow_copies` in the folder `scratch`.
+
+    A mapped table's pages are read when they are used, and shared by all processes of a machine.
+    """
+    if scratch is None:
+        tables = [records.read_table(path, records.RECORD).select(COLUMNS) for path in paths]
+    else:
+        maps = [pa.memory_map(str(copy)) for copy in arrow_copies(paths, scratch)]
+        tables = [pa.ipc.open_file(one).read_all() for one in maps]
+    return pa.concat_tables(tables)
+
+
 class Records(Dataset[dict[str, Any]]):
-    """Records by global sample index; images stay encoded in memory unless `config.cache` decodes them."""
+    """Records by global sample index: decoded in memory if `config.cache`, else when they are drawn."""
 
     def __init__(
-        self, paths: Sequence[str | Path], config: TrainConfig, sizes: Sizes, find_tokens: TokenFinder
+        self,
+        paths: Sequence[str | Path],
+        config: TrainConfig,
+        sizes: Sizes,
+        find_tokens: TokenFinder,
+        scratch: Path | None = None,
     ) -> None:
         """Read the shards; every caption must have its subject words, and every subject its mask.
+
+        Without `config.cache` the masks are looked at when they are drawn, and so are the words of a record
+        of more than `max_subjects` subjects, of whom the masks choose.
+
+        scratch: folder for the Arrow copies that records are mapped from without `config.cache`; None keeps
+            them in memory.
 
         Raises:
             DataError: naming file or record, for a missing or broken shard, no records at all, a record
                 without subjects, a word that is not in its caption, or a subject without a mask.
         """
         self.config, self.sizes, self.find_tokens = config, sizes, find_tokens
-        self.rows = records.read_rows([Path(p) for p in paths], records.RECORD)
-        if not self.rows:
+        self.table = read_records(paths, None if config.cache else scratch)
+        if not len(self.table):
             raise DataError(
                 f"no training records in {', '.join(map(str, paths))}; check data.* in the config"
             )
@@ -125,16 +177,44 @@ class Records(Dataset[dict[str, Any]]):
             size=sizes.crop, subject_background=config.subject_background, flip=config.flip,
             rotate=config.rotate, zoom=config.zoom, brightness=config.brightness,
         )  # fmt: skip
-        self.examples = [self._decode(row) for row in self.rows] if config.cache else None
+        self.counts = [self._check_words(row) for row in self._texts()]
+        self.examples = [self._decode(self.row(n)) for n in range(len(self))] if config.cache else None
         if self.examples is not None:
-            self.rows = []
+            self.table = self.table.slice(0, 0)
 
     def __len__(self) -> int:
-        return len(self.examples if self.examples is not None else self.rows)
+        return len(self.counts)
+
+    def row(self, number: int) -> records.Row:
+        """A record as it stands in its shard: its `COLUMNS`."""
+        return self.table.slice(number, 1).to_pylist()[0]
+
+    def _texts(self) -> Iterator[records.Row]:
+        for batch in self.table.select(["id", "caption", "segments"]).to_batches():
+            yield from batch.to_pylist()
+
+    def _check_words(self, row: records.Row) -> int:
+        """How many subjects of a record are shown; raises DataError if it has none, or a word is amiss."""
+        segments, limit = row["segments"], self.config.max_subjects
+        if not segments:
+            raise DataError(
+                f"record {row['id']} ({row['caption']!r}) has no subject; leave it out of the records"
+            )
+        if len(segments) <= limit:
+            self._places(row, segments)
+        return min(len(segments), limit)
+
+    def _places(self, row: records.Row, segments: Sequence[records.Row]) -> tuple[int, ...]:
+        """Places of the segments' words in the tokenized caption."""
+        try:
+            found = self.find_tokens(row["caption"], [(s["start"], s["end"]) for s in segments])
+        except ValueError as error:
+            raise DataError(f"record {row['id']}: {error}") from error
+        return tuple(int(token) for token in found)
 
     def example(self, number: int) -> Example:
         """Record by number, 0 <= number < len."""
-        return self.examples[number] if self.examples is not None else self._decode(self.rows[number])
+        return self.examples[number] if self.examples is not None else self._decode(self.row(number))
 
     def _decode(self, row: records.Row) -> Example:
         ids = records.decode_mask(row["mask"])
@@ -148,23 +228,15 @@ class Records(Dataset[dict[str, Any]]):
         chosen = sorted(row["segments"], key=lambda s: -area.get(s["segment_id"], 0))[
             : self.config.max_subjects
         ]
-        if not chosen:
-            raise DataError(
-                f"record {row['id']} ({row['caption']!r}) has no subject; leave it out of the records"
-            )
         for segment in chosen:
             if segment["segment_id"] not in area:
                 raise DataError(
                     f"record {row['id']}: subject {segment['word']!r} has no pixel in the mask's middle "
                     "square; make the records again with the stage align, which leaves such photos out"
                 )
-        try:
-            tokens = self.find_tokens(row["caption"], [(s["start"], s["end"]) for s in chosen])
-        except ValueError as error:
-            raise DataError(f"record {row['id']}: {error}") from error
         return Example(
             id=row["id"], image=image, ids=ids, caption=row["caption"],
-            segments=tuple(s["segment_id"] for s in chosen), tokens=tuple(int(t) for t in tokens),
+            segments=tuple(s["segment_id"] for s in chosen), tokens=self._places(row, chosen),
         )  # fmt: skip
 
     def number(self, index: int) -> int:
@@ -231,13 +303,8 @@ class Records(Dataset[dict[str, Any]]):
     def shown(self, step: int) -> list[int]:
         """How many subjects with images each sample of a step has; the same on every process."""
         indices = range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
-        counts = (self._subjects(self.number(i)) for i in indices)
+        counts = (self.counts[self.number(i)] for i in indices)
         return [int(self.drops(i, n)[1].sum()) for i, n in zip(indices, counts, strict=True)]
-
-    def _subjects(self, number: int) -> int:
-        if self.examples is not None:
-            return len(self.examples[number].segments)
-        return min(len(self.rows[number]["segments"]), self.config.max_subjects)
 
 
 @lru_cache(maxsize=4)

@@ -34,12 +34,13 @@ from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
 from moa.training.config import TrainConfig
-from moa.training.dataset import Records, batches, keyed_seed
+from moa.training.dataset import Records, arrow_copies, batches, keyed_seed
 from moa.training.operational import OPERATIONAL
 from moa.training.trainee import Trainee
 from moa.training.validation import ValidationGrid
 
 LOSSES = ("loss", "loss_masked", "loss_router", "loss_object")
+SCRATCH = "records"  # folder beside a run's checkpoints: records in a form that can be memory-mapped
 LOG_COLUMNS = ("step", *LOSSES, "lr", "grad_norm", "seconds")
 
 
@@ -217,7 +218,10 @@ class Trainer:
                 self._milestones()
 
     def _step(self, model: torch.nn.Module, optimizer: Any, parts: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step; returns its losses over all processes, and the gradient's norm."""
+        """One optimizer step; returns its losses over all processes, and the gradient's norm.
+
+        Raises FloatingPointError when one of them is no number, before it reaches the weights.
+        """
         config, sums = self.config, torch.zeros(len(LOSSES))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate(self.progress.step)
@@ -228,17 +232,35 @@ class Trainer:
                 losses = model(batch)
                 self.accelerator.backward(losses["loss"] / config.accumulation)
             sums += torch.stack([losses[k].detach().float().cpu() for k in LOSSES]) / config.accumulation
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
-        optimizer.step()
+        norm = float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip))
+        means = self.accelerator.reduce(sums.to(self.accelerator.device), "mean").tolist()
+        values = dict(zip(LOSSES, means, strict=True)) | {"grad_norm": norm}
+        self._check_finite("loss", values["loss"])
+        self._update(optimizer, norm)
         optimizer.zero_grad()
         self._average()
-        means = self.accelerator.reduce(sums.to(self.accelerator.device), "mean").tolist()
-        values = dict(zip(LOSSES, means, strict=True)) | {"grad_norm": float(norm)}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} at step {self.progress.step}: lower `lr` or change `precision`"
-            )
         return values
+
+    def _update(self, optimizer: Any, norm: float) -> None:
+        """The optimizer's step. Without a finite gradient there is none, but for one that the scaler skips.
+
+        Whether it did shows in its scale: a fused optimizer is called all the same, and skips by itself.
+        """
+        scaler = self.accelerator.scaler
+        if math.isfinite(norm) or scaler is None:
+            self._check_finite("gradient's norm", norm)
+            optimizer.step()
+            return
+        scale = scaler.get_scale()
+        optimizer.step()
+        if scaler.get_scale() >= scale:
+            self._check_finite("gradient's norm", norm)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the {what} is {value} at step {self.progress.step}: lower `lr` or change `precision`"
+            )
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -386,8 +408,7 @@ def run(
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             trainer.finish(output)
-            if not keep_checkpoints:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder / SCRATCH if keep_checkpoints else folder, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -405,7 +426,11 @@ def build(
     with torch.random.fork_rng():
         torch.manual_seed(keyed_seed(config.seed, "initial weights"))
         trainee = kind(config, str(accelerator.device))
-    data = Records(records, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens)
+    sizes, scratch = trainee.prior.sizes(trainee.crop_side()), folder / SCRATCH
+    if not config.cache:
+        with accelerator.main_process_first():  # the others find the copies
+            arrow_copies(records, scratch)
+    data = Records(records, config, sizes, trainee.prior.find_tokens, scratch)
     if config.cache:
         trainee.prior.fill(data)
     grid = None

@@ -6,6 +6,7 @@ Entry point, called by `python -m moa train`: `run`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -40,8 +41,12 @@ class MoATrainee(Trainee):
             image_layers=config.image_encoder_layers,
             loss_layers=None if config.loss_layers is None else list(config.loss_layers),
             personalize_below=config.personalize_below,
+            experts=config.experts,
             router=config.router,
+            router_width=config.router_width,
+            frequencies=config.frequencies,
             spacetime=config.spacetime,
+            sources={"prior": asdict(config.prior), "image_encoder": asdict(config.image_encoder)},
         )
         nn.Module.to(pipe.unet, config.frozen_dtype)  # its own `to` warns of parts it does not have
         self.adapter.install(pipe.unet, config.attention)

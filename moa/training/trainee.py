@@ -102,6 +102,8 @@ class Trainee(nn.Module):
         """processor: what prepares images for the image encoder."""
         super().__init__()
         self.config, self.prior, self.processor = config, prior, processor
+        if config.gradient_checkpointing:
+            prior.pipe.unet.enable_gradient_checkpointing()
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Parameter]:

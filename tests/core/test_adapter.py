@@ -519,6 +519,30 @@ def unet_own(unet):
     ]
 
 
+def test_the_card_names_the_models_that_the_adapter_was_made_for(unet, make_adapter, tmp_path):
+    hub = {"prior": {"id": "someone/prior", "revision": "abc"}, "image_encoder": {"id": "some/clip"}}
+    make_adapter(unet, sources=hub).save_pretrained(tmp_path / "hub")
+    loaded = MoAAdapter.from_pretrained(tmp_path / "hub")
+    assert {role: loaded.config[role] for role in hub} == hub
+    card = loaded.model_card()
+    assert "\nbase_model: someone/prior\n" in card and 'image_encoder="some/clip"' in card
+    (tmp_path / "prior").mkdir()
+    local = make_adapter(unet, sources={"prior": {"id": str(tmp_path / "prior")}}).model_card()
+    assert "base_model" not in local and f'from_pretrained("{tmp_path}/prior"' in local
+
+
+def test_an_adapter_that_names_no_models_is_loaded(unet, make_adapter, tmp_path):
+    """As those were saved that were made before the names were kept."""
+    make_adapter(unet).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {key: value for key, value in config.items() if key not in ("prior", "image_encoder")}
+    assert len(old) == len(config) - 2
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    adapter = MoAAdapter.from_pretrained(tmp_path)
+    assert adapter.config["prior"] is None
+    assert 'from_pretrained("<prior>"' in adapter.model_card() and "base_model" not in adapter.model_card()
+
+
 def test_a_model_card_that_is_there_stays(unet, make_adapter, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     make_adapter(unet).save_pretrained(tmp_path)

@@ -409,3 +409,19 @@ def test_trained_encoder_layers_are_the_adapters(unet, make_adapter, make_condit
 def test_more_encoder_layers_than_there_are_is_an_error(unet, make_adapter, image_encoder):
     with pytest.raises(ValueError, match=r"image_layers: 4.*3 layers"):
         make_adapter(unet, image_encoder=image_encoder, image_layers=4)
+
+
+def test_another_image_encoder_is_refused(unet, make_adapter, make_conditioner, image_encoder):
+    """One of fewer or of other layers would fail in the middle of its forward, or not at all."""
+    sources = {"image_encoder": {"id": "some/clip"}}
+    adapter = make_adapter(
+        unet, image_feature_dim=None, image_encoder=image_encoder, image_layers=2, sources=sources
+    )
+    made = make_conditioner(adapter)
+    for change, message in (
+        ({"num_hidden_layers": 2}, r"layers\.2\..*is not there: load.*made for, some/clip"),
+        ({"intermediate_size": 64}, r"fc1\.weight, \[48, 32\]; in this one it is \[64, 32\]"),
+    ):
+        other = type(image_encoder)(type(image_encoder.config)(**(image_encoder.config.to_dict() | change)))
+        with pytest.raises(ValueError, match=message):
+            type(made)(made.tokenizer, made.text_encoder, other, made.image_processor, adapter)

@@ -260,3 +260,7 @@ def test_one_image_for_a_person(models, trained, tmp_path):
 def test_words_for_people_are_found_in_order():
     assert first_words("a Woman and a man", 2) == [(2, 7), (14, 17)]
     assert first_words("a woman and a man", 1) == [(2, 7)]
+    assert first_words("a child in a hat", 1) == [(2, 7)]
+    assert first_words("a woman with a man bun beside an old man", 2) == [(2, 7), (37, 40)]
+    with pytest.raises(ValueError, match=r"names 1 of 2 subjects.*--word"):
+        first_words("a woman with a man bun", 2)

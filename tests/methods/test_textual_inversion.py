@@ -88,6 +88,21 @@ def test_learning_lowers_the_loss_and_leaves_the_prior_alone(config):
     assert loss(vectors) < loss(start) - 1e-3
 
 
+def test_a_gradient_that_is_no_number_stops_at_its_step(config, monkeypatch):
+    loss, steps = Example.loss, []
+
+    def spoiled(example):
+        steps.append(example)
+        return loss(example) * (float("nan") if len(steps) == 2 else 1.0)
+
+    monkeypatch.setattr(Example, "loss", spoiled)
+    with pytest.raises(
+        FloatingPointError, match=r"gradient of test-0000 at step 1 is not finite: lower `lr`"
+    ):
+        learn(config, ONE)
+    assert len(steps) == 2
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_the_loss_is_that_of_the_noise_or_velocity(tmp_path, config, prediction):
     prior, _ = tiny.save_models(tmp_path, prediction)

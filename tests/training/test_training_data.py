@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -173,6 +175,57 @@ def test_words_that_are_not_in_the_caption_are_named(models, tmp_path):
     prior = FrozenPrior(load_prior(models[0]))
     with pytest.raises(DataError, match=r"record 00000.*outside the prompt 'a man in a red hat'"):
         Records([tmp_path / "bad.parquet"], tiny.config(models), SIZES, prior.find_tokens)
+
+
+def test_words_are_checked_at_once_where_pictures_are_not(models, tmp_path):
+    """A wrong word is no error of hours later; what the masks leave out is none at all."""
+    rows = [tiny.record(n) for n in range(3)]
+    rows[2]["segments"][0] |= {"start": 90, "end": 93}
+    write_rows(tmp_path / "bad.parquet", rows, RECORD)
+    prior = FrozenPrior(load_prior(models[0]))
+    with pytest.raises(DataError, match=r"record 00002.*outside the prompt 'a woman in a blue hat'"):
+        Records([tmp_path / "bad.parquet"], tiny.config(models, cache=False), SIZES, prior.find_tokens)
+    crowd = tiny.record(1)
+    crowd["segments"][1] |= {"start": 90, "end": 93, "segment_id": 3}
+    write_rows(tmp_path / "crowd.parquet", [crowd], RECORD)
+    few = tiny.config(models, cache=False, max_subjects=1)
+    assert len(Records([tmp_path / "crowd.parquet"], few, SIZES, prior.find_tokens).example(0).tokens) == 1
+
+
+def large(number: int) -> dict:
+    """A record of a photo that cannot be compressed: 0.2 MB."""
+    pixels = np.random.default_rng(number).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    return tiny.record(number) | {
+        "image": encode_image(pixels), "width": 256, "height": 256,
+        "mask": encode_mask(np.indices((256, 256))[1] // 128 + 1),
+    }  # fmt: skip
+
+
+def test_photos_stay_on_disk_until_they_are_drawn(models, tmp_path):
+    paths = [tmp_path / "one.parquet", tmp_path / "other.parquet"]
+    for shard, path in enumerate(paths):
+        write_rows(path, [large(4 * shard + n) for n in range(4)], RECORD)
+    size = sum(path.stat().st_size for path in paths)
+    config = tiny.config(models, cache=False)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    mapped = Records(paths, config, SIZES, find_tokens, tmp_path / "scratch")
+    held = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    tracemalloc.stop()
+    assert held < 0.1 * size
+    kept = Records(paths, config, SIZES, find_tokens)
+    for number in range(8):
+        one, other = mapped.example(number), kept.example(number)
+        assert np.array_equal(one.image, other.image) and np.array_equal(one.ids, other.ids)
+        assert replace(one, image=0, ids=0) == replace(other, image=0, ids=0)
+
+    copies = {path: path.stat().st_mtime_ns for path in (tmp_path / "scratch").iterdir()}
+    write_rows(paths[1], [large(9)], RECORD)
+    again = Records(paths, config, SIZES, find_tokens, tmp_path / "scratch")
+    assert [again.example(n).id for n in range(len(again))] == ["00000", "00001", "00002", "00003", "00009"]
+    assert copies == {path: path.stat().st_mtime_ns for path in copies}  # made once
+    with pytest.raises(DataError, match=r"gone\.parquet does not exist"):
+        Records([tmp_path / "gone.parquet"], config, SIZES, find_tokens, tmp_path / "scratch")
 
 
 def test_cut_and_missing_shards_are_named(models, shards, tmp_path):

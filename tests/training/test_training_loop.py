@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -170,8 +171,11 @@ def test_accumulated_parts_equal_one_pass(name, models, shards, subjects, tmp_pa
 
 def test_cache_and_workers_change_nothing(models, shards, subjects, tmp_path):
     moa.run(tiny.config(models), shards, subjects, tmp_path / "cached" / "moa")
-    moa.run(tiny.config(models, cache=False, workers=1), shards, subjects, tmp_path / "fresh" / "moa")
+    fresh = tiny.config(models, cache=False, workers=1)
+    moa.run(fresh, shards, subjects, tmp_path / "fresh" / "moa", keep_checkpoints=True)
     rows_close(tmp_path / "cached" / "moa", tmp_path / "fresh" / "moa")
+    kept = {path.name for path in tmp_path.glob(".checkpoints/*/*")}
+    assert "step-00000004" in kept and loop.SCRATCH not in kept  # what records were mapped from goes
 
 
 def test_only_the_adapter_changes(models, shards, subjects, tmp_path):
@@ -213,6 +217,22 @@ def test_an_ablation_trains_less_and_is_loaded_as_it_was_trained(
     assert {name: value.shape for name, value in adapter.named_parameters()} == {
         name: value.shape for name, value in ablated.items()
     }
+
+
+def test_more_experts_train_apart_and_are_loaded_as_they_were_trained(models, shards, subjects, tmp_path):
+    """Several personalization experts start equal: their routers' random start must tell them apart."""
+    config = tiny.config(models, experts=3, router="mlp", router_width=5, frequencies=2)
+    moa.run(config, shards, subjects, tmp_path / "train" / "moa")
+    adapter = load_adapter(tmp_path / "train" / "moa", "cpu", torch.float32)
+    assert [adapter.config[role]["id"] for role in ("prior", "image_encoder")] == [m.id for m in models]
+    keys = ("experts", "router", "router_width", "frequencies")
+    assert [adapter.config[key] for key in keys] == [3, "mlp", 5, 2]
+    for name in adapter.sizes:
+        first, second = adapter.mixture(name).experts
+        assert not torch.equal(first.value.weight, second.value.weight)
+        assert adapter.mixture(name).router[0].out_features == 5
+    with pytest.raises(ValueError, match="experts: 1; there are the prior and at least one"):
+        moa.MoATrainee(tiny.config(models, experts=1), "cpu")
 
 
 def test_a_changed_setting_starts_anew(models, shards, monkeypatch):
@@ -258,6 +278,80 @@ def test_a_loss_that_is_no_number_stops_training(models, shards, subjects, tmp_p
         moa.run(
             tiny.config(models, lr=1e30, clip=1e30, steps=20), shards, subjects, tmp_path / "train" / "moa"
         )
+
+
+def spoil(monkeypatch, step: int, factor: float) -> None:
+    """Let the gradient of that step, and of it alone, come out so many times too large; the loss is right."""
+    forward, steps = moa.MoATrainee.forward, iter(range(100))
+
+    def spoiled(self, batch):
+        losses = forward(self, batch)
+        if next(steps) == step:
+            losses["loss"].register_hook(lambda gradient: gradient * factor)
+        return losses
+
+    monkeypatch.setattr(moa.MoATrainee, "forward", spoiled)
+
+
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(
+    models, shards, subjects, tmp_path, monkeypatch
+):
+    """Also not in the last step, whose weights no later loss would look at."""
+    config = tiny.config(models, steps=2, checkpoint_every=1, ema=0.5)
+    moa.run(config, shards, subjects, tmp_path / "whole" / "moa")
+    spoil(monkeypatch, 1, math.nan)
+    with pytest.raises(FloatingPointError, match="gradient's norm is nan at step 1: lower `lr`"):
+        moa.run(config, shards, subjects, tmp_path / "parts" / "moa")
+    assert not (tmp_path / "parts" / "moa").exists()
+    monkeypatch.undo()
+    moa.run(config, shards, subjects, tmp_path / "parts" / "moa")  # from the checkpoint of before
+    assert_same(tmp_path / "whole" / "moa", tmp_path / "parts" / "moa")
+
+
+def scaled(models, shards, folder: Path) -> Trainer:
+    """A training whose loss is scaled as in fp16, which the CPU does not have."""
+    config = tiny.config(models, steps=3, log_every=1)
+    accelerator = loop.make_accelerator(config)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    return loop.build(config, moa.MoATrainee, shards, folder, accelerator, ())
+
+
+def test_steps_that_the_scaler_skips_are_allowed(models, shards, tmp_path, monkeypatch):
+    trainer = scaled(models, shards, tmp_path / "skips")
+    spoil(monkeypatch, 1, math.inf)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 2.0
+    assert not math.isfinite(trainer.progress.rows[1]["grad_norm"])
+    assert all(bool(p.isfinite().all()) for p in trainer.parameters.values())
+
+
+def test_a_norm_that_overflows_unseen_by_the_scaler_stops_training(models, shards, tmp_path, monkeypatch):
+    trainer = scaled(models, shards, tmp_path / "overflows")
+    spoil(monkeypatch, 1, 1e25)
+    with pytest.raises(FloatingPointError, match="gradient's norm is inf at step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", [moa.MoATrainee, fastcomposer.FastComposerTrainee])
+def test_gradient_checkpointing_keeps_less_and_computes_the_same(kind, models, shards):
+    losses, gradients, kept = {}, {}, {}
+    for on in (False, True):
+        config = tiny.config(models, gradient_checkpointing=on, cache=False)
+        torch.manual_seed(0)
+        trainee, sizes = kind(config, "cpu"), []
+        data = loop.Records(
+            shards, config, trainee.prior.sizes(trainee.crop_side()), trainee.prior.find_tokens
+        )
+        keep = lambda x, sizes=sizes: sizes.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            losses[on] = trainee(next(loop.batches(data, 0, 1, 0)))
+        losses[on]["loss"].backward()
+        gradients[on] = {name: p.grad for name, p in trainee.trained().items()}
+        kept[on] = sum(sizes)
+    assert all(torch.equal(losses[True][name], loss) for name, loss in losses[False].items())
+    assert all(torch.equal(gradients[True][n], g) for n, g in gradients[False].items() if g is not None)
+    assert any(bool(g.any()) for g in gradients[True].values() if g is not None)
+    assert kept[True] < 0.5 * kept[False]
 
 
 def test_missing_weights_are_named(models, shards, subjects, tmp_path):
