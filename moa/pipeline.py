@@ -95,7 +95,9 @@ class MoAPipeline(StableDiffusionPipeline):
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype, **hub)
         if isinstance(adapter, (str, Path)):
             adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype, **hub)
-        models: list[Any] = [model for model in (adapter, image_encoder) if model is not None]
+        models: list[Any] = [
+            model for model in (adapter, image_encoder) if model is not None and model.dtype != dtype
+        ]
         for model in models:
             model.to(dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
