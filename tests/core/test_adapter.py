@@ -239,6 +239,24 @@ def test_on_the_true_sdxl_configuration_the_sizes_are_those_of_its_modules():
     assert not [name for name in adapter.loss_layers if name.startswith(("down_blocks.1", "up_blocks.1"))]
     adapter.install(unet)
     adapter.assert_installed(unet)
+    installation(unet).handle.remove()  # it would look at values, and meta tensors have none
+    recorder = Recorder(maps=False)
+    with torch.device("meta"), torch.no_grad():
+        text, bound = torch.empty(1, 77, 2048), torch.zeros(1, 1, dtype=torch.int64)
+        given = LayerInput(text, torch.empty(70, 1, 1, 2048), bound, bound.bool(), None, True, recorder)
+        more = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        drawn = unet(
+            torch.empty(1, 4, 128, 128),
+            torch.tensor(5),
+            text,
+            added_cond_kwargs=more,
+            cross_attention_kwargs={"moa": given},
+        ).sample
+    assert drawn.shape == (1, 4, 128, 128)
+    assert {name: weights.shape for name, weights in recorder.router.items()} == {
+        name: (1, 64**2 if name.startswith(("down_blocks.1", "up_blocks.1")) else 32**2)
+        for name in adapter.sizes
+    }
 
 
 def test_loss_layers_are_named_or_all_but_the_highest_resolution(unet):
