@@ -95,11 +95,10 @@ class MoAPipeline(StableDiffusionPipeline):
             image_encoder = CLIPVisionModelWithProjection.from_pretrained(image_encoder, dtype=dtype, **hub)
         if isinstance(adapter, (str, Path)):
             adapter = MoAAdapter.from_pretrained(adapter, dtype=dtype, **hub)
-        models: list[Any] = [
-            model for model in (adapter, image_encoder) if model is not None and model.dtype != dtype
-        ]
+        models: list[Any] = [model for model in (adapter, image_encoder) if model is not None]
         for model in models:
-            model.to(dtype)
+            if model.dtype != dtype:
+                model.to(dtype)
         parts = {"adapter": adapter, "image_encoder": image_encoder, "feature_extractor": feature_extractor}
         given = {name: part for name, part in parts.items() if part is not None}
         index = cls.load_config(pretrained_model_name_or_path, revision=kwargs.get("revision"), **hub)

@@ -245,14 +245,16 @@ def test_on_the_true_sdxl_configuration_the_sizes_are_those_of_its_modules():
         text, bound = torch.empty(1, 77, 2048), torch.zeros(1, 1, dtype=torch.int64)
         given = LayerInput(text, torch.empty(70, 1, 1, 2048), bound, bound.bool(), None, True, recorder)
         more = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
-        drawn = unet(
-            torch.empty(1, 4, 128, 128),
-            torch.tensor(5),
-            text,
-            added_cond_kwargs=more,
-            cross_attention_kwargs={"moa": given},
-        ).sample
-    assert drawn.shape == (1, 4, 128, 128)
+        latents, time = torch.empty(1, 4, 128, 128), torch.tensor(5)
+        counts, shapes = [], []
+        for kwargs in ({}, {"moa": given}):
+            with FlopCounterMode(display=False) as counter:
+                drawn = unet(
+                    latents, time, text, added_cond_kwargs=more, cross_attention_kwargs=kwargs
+                ).sample
+            counts, shapes = [*counts, counter.get_total_flops()], [*shapes, drawn.shape]
+    assert shapes == [latents.shape] * 2
+    assert counts[1] > 1.1 * counts[0]  # the expert computes as well
     assert {name: weights.shape for name, weights in recorder.router.items()} == {
         name: (1, 64**2 if name.startswith(("down_blocks.1", "up_blocks.1")) else 32**2)
         for name in adapter.sizes
