@@ -19,6 +19,7 @@ TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names
 TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
+EARLIER_PRIOR = "results/earlier_prior"  # rule earlier_prior
 LPIPS_GPU = GPU if CONFIG["models"]["lpips"].get("id") else 0  # comparisons use no other model
 
 
@@ -67,7 +68,16 @@ def code(stage):
 
 def models(*roles):
     """The files of models that lie in local folders; models from the hub are pinned by their revision."""
-    return lambda wildcards: [file for role in roles for file in stages.model_files(CONFIG, role)]
+    return lambda wildcards: model_inputs(CONFIG, roles)
+
+
+def model_inputs(config, roles):
+    """The files of the models that play `roles`; those of the earlier prior are a rule's, there or not."""
+    earlier = lambda role: config["models"][role].get("id") == EARLIER_PRIOR
+    files = [
+        rules.earlier_prior.output if earlier(role) else stages.model_files(config, role) for role in roles
+    ]
+    return [file for some in files for file in some]
 
 
 def shards(folder, split):
@@ -123,9 +133,7 @@ def trial_config(wildcards):
 
 def trial_models(*roles):
     """The files of a trial's models that lie in local folders."""
-    return lambda wildcards: [
-        file for role in roles for file in stages.model_files(trial_config(wildcards), role)
-    ]
+    return lambda wildcards: model_inputs(trial_config(wildcards), roles)
 
 
 def trial_settings(stage):

@@ -131,3 +131,40 @@ rule model_cards:
         "Writing the model cards"
     shell:
         "python -m moa cards --weights {params.weights} --gates {input} > {log} 2>&1"
+
+
+# The prior as the repository shipped it before it learnt to read its words apart (stages `text` and `polish`): what
+# the ablation `another-prior` trains on.
+rule earlier_prior:
+    output:
+        expand(
+            "{folder}/{file}",
+            folder=EARLIER_PRIOR,
+            file=[
+                "model_index.json",
+                "scheduler/scheduler_config.json",
+                *[f"{part}/config.json" for part in ("text_encoder", "unet", "vae")],
+                "text_encoder/model.safetensors",
+                *[f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")],
+                *[f"tokenizer/{file}" for file in ("tokenizer.json", "tokenizer_config.json")],
+            ],
+        ),
+    log:
+        "results/logs/earlier_prior.log",
+    benchmark:
+        "results/benchmarks/earlier_prior.tsv"
+    conda:
+        "../../envs/miniature.yaml"
+    threads: 1
+    params:
+        commit="dcb4354f5b5043c3510fd01928682f2227f4843e",
+        shipped="moa/miniature/weights/prior",
+        parts="model_index.json scheduler text_encoder tokenizer unet vae",
+        folder=EARLIER_PRIOR,
+    message:
+        "Taking an earlier prior from the history of the repository"
+    shell:
+        "(git cat-file -e {params.commit} || (echo 'The ablation another-prior takes an earlier prior from the history"
+        " of this repository, which is not here: clone it whole (git fetch --unshallow), or remove the ablation.';"
+        " exit 1)) > {log} 2>&1; git archive {params.commit}:{params.shipped} {params.parts} 2>> {log}"
+        " | tar --extract --directory {params.folder} --touch 2>> {log}"
