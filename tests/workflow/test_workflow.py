@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from moa.config import merge
-from moa.hashing import ROOT
+from moa.hashing import ROOT, file_hash
 from tests.training import tiny
 from tests.workflow.conftest import Run
 
@@ -113,8 +113,10 @@ def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(sn
     jobs = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
     ablations = full["ablations"]["moa"].values()
     assert jobs["train"] == 2 * len(full["train_seeds"])
-    assert jobs["trial_train"] == sum("train" in changes for changes in ablations)
-    assert jobs["trial_generate"] == jobs["trial_score"] == len(ablations) + 1
+    other_priors = sum("models" in changes for changes in ablations)
+    assert jobs["trial_train"] == sum("train" in changes for changes in ablations) + other_priors
+    assert jobs["trial_generate"] == jobs["trial_score"] == len(ablations) + 1 + other_priors
+    assert jobs["earlier_prior"] == other_priors == 1
     assert jobs["trial_preserved"] == len(ablations)
     assert "--output results/full/train/moa-seed-1 " in said
     assert "--folder fastcomposer-seed-1" in said
@@ -124,6 +126,27 @@ def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(sn
               for f in ("csv", "md", "tex")]  # fmt: skip
     assert [name for name in [*wanted, "made.json"] if f"results/full/{name}" not in said] == []
     assert not re.search(r"validation-\w+-000.*results/full/made/", said)
+
+
+EARLIER = "results/earlier_prior/model_index.json"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="the earlier prior is taken from the history")
+def test_the_earlier_prior_is_taken_from_the_history(snakemake: Run, project: Path) -> None:
+    (project / ".git").symlink_to(ROOT / ".git")
+    done = snakemake("--cores", "1", "--", EARLIER)
+    assert done.returncode == 0, done.stderr
+    earlier, shipped = project / "results/earlier_prior", ROOT / "moa/miniature/weights/prior"
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (earlier / weights).stat().st_size == (shipped / weights).stat().st_size
+    assert file_hash(earlier / weights) != file_hash(shipped / weights)
+    assert "Nothing to be done" in snakemake("--cores", "1", "--", EARLIER).stderr
+
+
+def test_without_the_history_the_earlier_prior_says_what_to_do(snakemake: Run, project: Path) -> None:
+    assert snakemake("--cores", "1", "--", EARLIER).returncode == 1
+    assert "git fetch --unshallow" in (project / "results/logs/earlier_prior.log").read_text()
+    assert not (project / EARLIER).exists()
 
 
 def test_ablations_of_the_paper_preset_are_asked_for_by_a_file_of_their_own(snakemake: Run) -> None:
