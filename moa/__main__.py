@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from moa import runlock
 from moa.config import DEFAULT, check, load, read
 from moa.hashing import ROOT
+from moa.options import help_of, summary
 from moa.stages import STAGES, settings
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"  # not there where only the package is installed
@@ -27,9 +28,18 @@ def _simple(kind: Any) -> Any:
     return kind
 
 
-def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, kind: Any) -> None:
-    """The option for one parameter of a stage."""
+def _help(said: str, default: Any) -> str:
+    """An option's help, with its default as it would be typed; the text says what none stands for."""
+    if default in (inspect.Parameter.empty, None, False, "", ()):
+        return said.replace("%", "%%")
+    typed = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+    return f"{said} Default: {typed}.".replace("%", "%%")
+
+
+def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, kind: Any, said: str) -> None:
+    """The option for one parameter of a stage, of which `said` is the help."""
     options: dict[str, Any] = {"required": parameter.default is parameter.empty}
+    options["help"] = _help(said, parameter.default)
     if not options["required"]:
         options["default"] = parameter.default
     kind = _simple(kind)
@@ -88,7 +98,7 @@ def run(arguments: Sequence[str]) -> None:
     function, kinds = _function(name)
     parser = parsers[name]
     parser.add_argument("-h", "--help", action="help")
-    parser.description = inspect.getdoc(function)
+    parser.description = summary(function)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     configured = [key for key, kind in kinds.items() if is_dataclass(kind)]
     if configured:
@@ -98,7 +108,7 @@ def run(arguments: Sequence[str]) -> None:
         parser.add_argument("--change", default="{}", help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
-            _add_option(parser, parameter, kinds[parameter.name])
+            _add_option(parser, parameter, kinds[parameter.name], help_of(name, function, parameter.name))
     options = vars(top.parse_args(arguments))
     options.pop("stage")
     runlock.hold_from_environment()

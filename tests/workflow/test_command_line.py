@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from moa import __main__ as command_line
+from moa import options
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
@@ -27,6 +29,44 @@ def test_every_stage_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> 
         command_line.run([name, "--help"])
     assert stop.value.code == 0
     assert f"python -m moa {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_option_has_help_from_one_place(name: str) -> None:
+    """Otherwise one must read the code to know what to give; said twice, it would differ one day."""
+    function, kinds = command_line._function(name)
+    own = [option for option in inspect.signature(function).parameters if not is_dataclass(kinds[option])]
+    assert [option for option in own if not options.help_of(name, function, option)] == []
+    assert set(options.OWN.get(name, {})) <= set(own) - set(options.documented(function))
+
+
+def test_help_is_read_from_docstrings() -> None:
+    def stage() -> None:
+        """Make something.
+
+        Args:
+            first: of two lines, 5 % of
+                them long.
+            rows, columns: at most how many.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert options.documented(stage) == {
+        "first": "of two lines, 5 % of them long.",
+        "rows": "at most how many.",
+        "columns": "at most how many.",
+    }
+    assert options.summary(stage) == "Make something.\n\nRaises:\n    ValueError: never."
+    assert options.help_of("merge", stage, "parts") == options.OWN["merge"]["parts"]
+    assert options.help_of("merge", stage, "unknown") == ""
+
+
+def test_help_shows_defaults_that_the_text_does_not_say() -> None:
+    assert command_line._help("5 % of it.", 0.05) == "5 %% of it. Default: 0.05."
+    assert command_line._help("columns.", ("moa", "prior")) == "columns. Default: moa prior."
+    assert command_line._help("a file.", None) == "a file."
 
 
 @pytest.mark.parametrize("name", STAGES)
