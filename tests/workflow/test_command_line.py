@@ -6,13 +6,15 @@ import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from moa import __main__ as command_line
-from moa import options
+from moa import options, stages
+from moa.config import complete
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
@@ -116,7 +118,50 @@ def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     shard = ("--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b"))
     done = run("render", "--config", '{"sise": 64}', *shard)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
+    assert done.stderr.startswith("error: unknown key render.sise")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, stage: Callable[[], object]) -> int:
+    """Exit status of a stage that does this."""
+    monkeypatch.setattr(command_line, "_function", lambda name: (stage, {}))
+    monkeypatch.setattr("sys.argv", ["moa", "merge"])
+    return command_line.main()
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        (lambda: complete({}, Path("no.yaml")), "no.yaml is missing, which a configuration without"),
+        (lambda: stages.get({}, "a.b"), "the configuration lacks the key 'a.b'"),
+        (lambda: Path("no.csv").read_text(), "no.csv: No such file or directory"),
+        (lambda: command_line._json("--change", "{steps: 7}"), "--change: {steps: 7} is no JSON (Expecting"),
+        (lambda: command_line._json("--change", "7"), "--change must be a JSON object such as"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    stage: Callable[[], object],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MOA_TRACEBACK", raising=False)
+    assert fail(monkeypatch, stage) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and len(said.splitlines()) == 1
+    monkeypatch.setenv("MOA_TRACEBACK", "1")
+    assert fail(monkeypatch, stage) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("error", [lambda: {}["key"], lambda: json.loads("{"), lambda: int(None)])  # type: ignore
+def test_a_mistake_of_ours_keeps_its_traceback(
+    error: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A KeyError of a dictionary says nothing without the place."""
+    assert fail(monkeypatch, error) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.splitlines()[-1].startswith("error: ")
 
 
 def test_a_mistyped_section_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +180,7 @@ def test_a_loss_that_is_no_number_is_one_line_too(
     def diverge() -> None:
         raise FloatingPointError("the loss is nan at step 3: lower lr")
 
-    monkeypatch.setattr(command_line, "_function", lambda name: (diverge, {}))
-    monkeypatch.setattr("sys.argv", ["moa", "merge"])
-    assert command_line.main() == 1
+    assert fail(monkeypatch, diverge) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: the loss is nan at step 3: lower lr"
 
 
