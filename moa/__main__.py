@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import linecache
+import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa import runlock
 from moa.config import DEFAULT, check, load, read
 from moa.hashing import ROOT
+from moa.options import help_of, summary
 from moa.stages import STAGES, settings
 
 SCHEMA = ROOT / "workflow/schemas/config.schema.json"  # not there where only the package is installed
@@ -27,9 +32,18 @@ def _simple(kind: Any) -> Any:
     return kind
 
 
-def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, kind: Any) -> None:
-    """The option for one parameter of a stage."""
+def _help(said: str, default: Any) -> str:
+    """An option's help, with its default as it would be typed; the text says what none stands for."""
+    if default in (inspect.Parameter.empty, None, False, "", ()):
+        return said.replace("%", "%%")
+    typed = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+    return f"{said} Default: {typed}.".replace("%", "%%")
+
+
+def _add_option(parser: argparse.ArgumentParser, parameter: inspect.Parameter, kind: Any, said: str) -> None:
+    """The option for one parameter of a stage, of which `said` is the help."""
     options: dict[str, Any] = {"required": parameter.default is parameter.empty}
+    options["help"] = _help(said, parameter.default)
     if not options["required"]:
         options["default"] = parameter.default
     kind = _simple(kind)
@@ -59,10 +73,22 @@ def _load(text: str, name: str, kind: type, options: dict[str, Any], change: str
     from moa.machine import check_device
 
     values = {key: value for key, value in options.items() if isinstance(value, str)}
-    mapping = json.loads(text) if text.lstrip().startswith("{") else settings(name, _read(text), **values)
-    loaded: Any = load(kind, mapping | json.loads(change), STAGES[name].section.format(**values))
+    given = _json("--config", text) if text.lstrip().startswith("{") else None
+    mapping = settings(name, _read(text), **values) if given is None else given
+    loaded: Any = load(kind, mapping | _json("--change", change), STAGES[name].section.format(**values))
     check_device(getattr(loaded, "device", "cpu"))
     return loaded
+
+
+def _json(option: str, text: str) -> dict[str, Any]:
+    """Settings that were typed behind an option. Raises ValueError naming it if they are no JSON object."""
+    try:
+        typed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option}: {text} is no JSON ({error})") from error
+    if not isinstance(typed, dict):
+        raise ValueError(f'{option} must be a JSON object such as {{"steps": 7}}, not {text}')
+    return typed
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -88,7 +114,7 @@ def run(arguments: Sequence[str]) -> None:
     function, kinds = _function(name)
     parser = parsers[name]
     parser.add_argument("-h", "--help", action="help")
-    parser.description = inspect.getdoc(function)
+    parser.description = summary(function)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     configured = [key for key, kind in kinds.items() if is_dataclass(kind)]
     if configured:
@@ -98,7 +124,7 @@ def run(arguments: Sequence[str]) -> None:
         parser.add_argument("--change", default="{}", help=help)
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in configured:
-            _add_option(parser, parameter, kinds[parameter.name])
+            _add_option(parser, parameter, kinds[parameter.name], help_of(name, function, parameter.name))
     options = vars(top.parse_args(arguments))
     options.pop("stage")
     runlock.hold_from_environment()
@@ -108,15 +134,37 @@ def run(arguments: Sequence[str]) -> None:
     function(**options)
 
 
+def is_expected(error: BaseException) -> bool:
+    """Whether a user can mend an error from its message: this package raised it, or the system for a file.
+
+    What Python or a library raised below us is a mistake of ours, or a broken machine, as far as we know.
+    """
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    raised = linecache.getline(file, line).lstrip().startswith("raise ")
+    return raised and Path(file).resolve().is_relative_to(ROOT / "moa")
+
+
+def said(error: BaseException) -> str:
+    """An error in a line, as far as its own message is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
 def main() -> int:
-    """Exit status 0, or 1 after an error that a user can mend, said in one line."""
+    """Exit status 0, or 1 after an error, said in the last line.
+
+    The traceback stands before it if the error is none that a user can mend, or if $MOA_TRACEBACK is set.
+    """
     try:
         run(sys.argv[1:])
-    except (ValueError, ArithmeticError, OSError, KeyError, RuntimeError) as error:
-        import traceback
-
-        traceback.print_exc()
-        print(f"\nerror: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("MOA_TRACEBACK") or not is_expected(error):
+            traceback.print_exception(error)
+        print(f"error: {said(error) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

@@ -164,7 +164,13 @@ def _refuse(path: Path, what: str, names: Iterable[str]) -> None:
 
 
 def run_import(config: TrainConfig, checkpoint: Path, output: Path) -> None:
-    """Turn FastComposer's `pytorch_model.bin` into a folder that `--method fastcomposer` takes."""
+    """Turn FastComposer's `pytorch_model.bin` into a folder that `--method fastcomposer` takes.
+
+    Args:
+        config: models and layers, those that it was trained with.
+        checkpoint: the file `pytorch_model.bin`.
+        output: folder to make.
+    """
     pipe = load_prior(config.prior)
     encoder, _ = load_image_encoder(config.image_encoder)
     model = FastComposer(pipe.unet, encoder, config.image_encoder_layers)
@@ -173,7 +179,13 @@ def run_import(config: TrainConfig, checkpoint: Path, output: Path) -> None:
 
 
 def run_export(config: TrainConfig, trained: Path, output: Path) -> None:
-    """Write a folder that `train-fastcomposer` made as a checkpoint that FastComposer's code loads."""
+    """Write a folder that `train-fastcomposer` made as a checkpoint that FastComposer's code loads.
+
+    Args:
+        config: models and layers, those that it was trained with.
+        trained: the folder of trained weights.
+        output: the file `pytorch_model.bin` to write.
+    """
     pipe = load_prior(config.prior)
     encoder, _ = load_image_encoder(config.image_encoder)
     export_checkpoint(output, pipe, load_fastcomposer(trained, pipe, encoder))

@@ -111,5 +111,9 @@ def _dataclass(kind: Any) -> Any:
 
 
 def write(output: Path) -> None:
-    """Write the schema to a file."""
+    """Write the schema to a file.
+
+    Args:
+        output: JSON file.
+    """
     output.write_text(json.dumps(configuration(), indent=1) + "\n", encoding="utf-8")

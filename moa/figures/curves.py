@@ -81,7 +81,12 @@ def training(logs: Sequence[str | Path], output: str | Path) -> None:
 
 @style()
 def scores(table: str | Path, output: str | Path) -> None:
-    """Draw IP and PC of a quality table's measured rows, with their 95 % intervals over subjects."""
+    """Draw IP and PC of a quality table's measured rows, with their 95 % intervals over subjects.
+
+    Args:
+        table: main.csv of the `tables` stage.
+        output: PNG file.
+    """
     with open(table, encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("source") == "measured"]
     if not rows:

@@ -95,10 +95,13 @@ def benchmark(
     """Draw subjects against methods: the photos, then under each prompt the methods with the same noise.
 
     Args:
-        sample_files, subjects, results: as for the `score` stage.
+        sample_files: scored rows, of any methods and kinds.
+        subjects: the split's subjects file.
+        results: the folder that the rows' paths start from.
         output: PNG file.
         methods: columns, in order; those that were not made are left out.
-        split, kind: which samples.
+        split: whose images, `test` or `validation`.
+        kind: of requests, such as `single`.
         rows, prompts: at most how many subjects and prompts, spread over the protocol's.
         cell: side of a cell in pixels.
     """
@@ -122,7 +125,18 @@ def pairs(
     prompts: int = 2,
     cell: int = 128,
 ) -> None:
-    """Draw two subjects in one image: both photos, then as `benchmark`."""
+    """Draw two subjects in one image: both photos, then as `benchmark`.
+
+    Args:
+        sample_files: scored rows, of any methods and kinds.
+        subjects: the split's subjects file.
+        results: the folder that the rows' paths start from.
+        output: PNG file.
+        methods: columns, in order; those that were not made are left out.
+        split: whose images, `test` or `validation`.
+        rows, prompts: at most how many pairs and prompts, spread over the protocol's.
+        cell: side of a cell in pixels.
+    """
     benchmark(sample_files, subjects, results, output, methods, split, "multi", rows, prompts, cell)
 
 
@@ -140,6 +154,16 @@ def swap(
     """Draw a subject swap: along a row noise and prompt stay, the subject changes; the prior leads.
 
     All subjects share a class word, otherwise the prompt would change too; the more frequent word is shown.
+
+    Args:
+        sample_files: scored rows, of any methods and kinds.
+        subjects: the split's subjects file.
+        results: the folder that the rows' paths start from.
+        output: PNG file.
+        methods: rows, in order; those that were not made are left out.
+        split: whose images, `test` or `validation`.
+        columns, prompts: at most how many subjects and prompts, spread over the protocol's.
+        cell: side of a cell in pixels.
     """
     shelf, photos = Shelf(sample_files, results, split, "swap"), read_subjects(subjects)
     shown = spread(same_word(shelf.rows), columns)

@@ -81,7 +81,12 @@ def card(name: str, folder: Path, gates: list[dict[str, str]]) -> str:
 
 
 def run(weights: Path, gates: Path) -> None:
-    """Write README.md into every model's folder below `weights`. FileNotFoundError if one is missing."""
+    """Write README.md into every model's folder below `weights`. FileNotFoundError if one is missing.
+
+    Args:
+        weights: the folder that holds a folder for each model.
+        gates: CSV of the `gates` stage, whose measures the cards show.
+    """
     rows = list(csv.DictReader(gates.open()))
     for name in ABOUT:
         folder = weights / name

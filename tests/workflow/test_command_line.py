@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from moa import __main__ as command_line
+from moa import options, stages
+from moa.config import complete
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
@@ -27,6 +31,44 @@ def test_every_stage_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> 
         command_line.run([name, "--help"])
     assert stop.value.code == 0
     assert f"python -m moa {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_option_has_help_from_one_place(name: str) -> None:
+    """Otherwise one must read the code to know what to give; said twice, it would differ one day."""
+    function, kinds = command_line._function(name)
+    own = [option for option in inspect.signature(function).parameters if not is_dataclass(kinds[option])]
+    assert [option for option in own if not options.help_of(name, function, option)] == []
+    assert set(options.OWN.get(name, {})) <= set(own) - set(options.documented(function))
+
+
+def test_help_is_read_from_docstrings() -> None:
+    def stage() -> None:
+        """Make something.
+
+        Args:
+            first: of two lines, 5 % of
+                them long.
+            rows, columns: at most how many.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert options.documented(stage) == {
+        "first": "of two lines, 5 % of them long.",
+        "rows": "at most how many.",
+        "columns": "at most how many.",
+    }
+    assert options.summary(stage) == "Make something.\n\nRaises:\n    ValueError: never."
+    assert options.help_of("merge", stage, "parts") == options.OWN["merge"]["parts"]
+    assert options.help_of("merge", stage, "unknown") == ""
+
+
+def test_help_shows_defaults_that_the_text_does_not_say() -> None:
+    assert command_line._help("5 % of it.", 0.05) == "5 %% of it. Default: 0.05."
+    assert command_line._help("columns.", ("moa", "prior")) == "columns. Default: moa prior."
+    assert command_line._help("a file.", None) == "a file."
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -76,7 +118,50 @@ def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     shard = ("--split", "train", "--shard", "0", "--raw", str(tmp_path / "a"), "--truth", str(tmp_path / "b"))
     done = run("render", "--config", '{"sise": 64}', *shard)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: unknown key render.sise")
+    assert done.stderr.startswith("error: unknown key render.sise")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, stage: Callable[[], object]) -> int:
+    """Exit status of a stage that does this."""
+    monkeypatch.setattr(command_line, "_function", lambda name: (stage, {}))
+    monkeypatch.setattr("sys.argv", ["moa", "merge"])
+    return command_line.main()
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        (lambda: complete({}, Path("no.yaml")), "no.yaml is missing, which a configuration without"),
+        (lambda: stages.get({}, "a.b"), "the configuration lacks the key 'a.b'"),
+        (lambda: Path("no.csv").read_text(), "no.csv: No such file or directory"),
+        (lambda: command_line._json("--change", "{steps: 7}"), "--change: {steps: 7} is no JSON (Expecting"),
+        (lambda: command_line._json("--change", "7"), "--change must be a JSON object such as"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    stage: Callable[[], object],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MOA_TRACEBACK", raising=False)
+    assert fail(monkeypatch, stage) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}") and len(said.splitlines()) == 1
+    monkeypatch.setenv("MOA_TRACEBACK", "1")
+    assert fail(monkeypatch, stage) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize("error", [lambda: {}["key"], lambda: json.loads("{"), lambda: int(None)])  # type: ignore
+def test_a_mistake_of_ours_keeps_its_traceback(
+    error: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A KeyError of a dictionary says nothing without the place."""
+    assert fail(monkeypatch, error) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.splitlines()[-1].startswith("error: ")
 
 
 def test_a_mistyped_section_of_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +180,7 @@ def test_a_loss_that_is_no_number_is_one_line_too(
     def diverge() -> None:
         raise FloatingPointError("the loss is nan at step 3: lower lr")
 
-    monkeypatch.setattr(command_line, "_function", lambda name: (diverge, {}))
-    monkeypatch.setattr("sys.argv", ["moa", "merge"])
-    assert command_line.main() == 1
+    assert fail(monkeypatch, diverge) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: the loss is nan at step 3: lower lr"
 
 
