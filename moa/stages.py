@@ -52,7 +52,7 @@ TOP_LEVEL: dict[str, Any] = {
     "source": {"enum": ["miniature", "shards", *KINDS]},
     "protocol": {"type": "string"},
     "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
-    "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
+    "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
     "train_seeds": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "uniqueItems": True},
     "tuning": GRID,

@@ -53,6 +53,13 @@ def accept(project: Path, index: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_report_lists_what_was_put_aside(snakemake: Run) -> None:
+    done = snakemake("all", "--dry-run", "--printshellcmds", "--configfile", "config/paper.yaml")
+    (command,) = re.findall(r"python -m moa report .*", done.stdout)
+    assert f" {TARGET} " in command.split("--shown")[1]
+
+
+@pytest.mark.slow
 def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> None:
     (project / "photos").mkdir()
     names = [f"{number:02d}" for number in range(8)]

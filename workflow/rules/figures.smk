@@ -139,6 +139,7 @@ rule html_report:
         FIGURES,
         NOTEBOOKS,
         [f"{OUT}/data/card{form}" for form in (".md", ".png")],
+        [f"{OUT}/data/quarantine.csv"] if TAKEN_IN else [],
         expand(f"{OUT}/train/{{method}}", method=TRAININGS),
         template="moa/report.html",
     output:
