@@ -72,6 +72,7 @@ def test_every_stage_loads_its_settings(name: str) -> None:
         ("generate.sampling.scheduler", "euler", r"generate\.sampling\.scheduler"),
         ("models.prior.id", 3, r"models\.prior\.id"),
         ("pretrain.vae.budget.stepz", 3, r"unknown key pretrain\.vae\.budget\.stepz"),
+        ("shards.single", 1001, r"shards\.single: 1001 is greater than the maximum of 1000"),
         ("benchmark.size", 256, "unknown key benchmark.size"),
         ("benchmark.sizes", 256, r"benchmark\.sizes"),
         ("generate.sampling.sparse_threshold", "0.1", r"generate\.sampling\.sparse_threshold"),
