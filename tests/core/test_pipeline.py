@@ -210,6 +210,11 @@ def test_where_to_load_from_goes_to_every_part(folders, tmp_path, monkeypatch):
     assert list(asked.values()) == [(tmp_path / "cache", True)] * 3
 
 
+def same_images(found, expected):
+    """Equal up to rounding: weights read from a file lie elsewhere in memory, and sums are grouped by it."""
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, image_processor, tmp_path):
     expected = pipe(**one).images
     pipe.adapter.save_pretrained(tmp_path / "adapter")
@@ -221,7 +226,7 @@ def test_it_loads_from_a_prior_an_adapter_and_an_image_encoder(pipe, base, one, 
         tmp_path / "prior", adapter=tmp_path / "adapter", image_encoder=tmp_path / "encoder"
     )
     loaded.set_progress_bar_config(disable=True)
-    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+    same_images(loaded(**one | {"generator": seeded(0)}).images, expected)
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
@@ -267,7 +272,7 @@ def test_the_whole_pipeline_is_saved_in_one_folder(pipe, one, tmp_path):
     assert (tmp_path / "adapter" / "diffusion_pytorch_model.safetensors").is_file()
     loaded = MoAPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+    same_images(loaded(**one | {"generator": seeded(0)}).images, expected)
 
 
 def test_the_pipeline_s_folder_has_the_variant_and_the_size_of_files_asked_for(pipe, one, tmp_path):
@@ -280,7 +285,7 @@ def test_the_pipeline_s_folder_has_the_variant_and_the_size_of_files_asked_for(p
         assert all(re.fullmatch(r"diffusion_pytorch_model\.ours-.*\.safetensors", name) for name in files)
     loaded = MoAPipeline.from_pretrained(tmp_path, variant="ours")
     loaded.set_progress_bar_config(disable=True)
-    assert np.array_equal(loaded(**one | {"generator": seeded(0)}).images, expected)
+    same_images(loaded(**one | {"generator": seeded(0)}).images, expected)
     pipe.save_pretrained(tmp_path / "pickled", safe_serialization=False)
     for part in ("unet", "adapter"):
         assert [file.name for file in (tmp_path / "pickled" / part).glob("diffusion*")] == [
