@@ -97,7 +97,7 @@ def read_claims(path: str | Path) -> list[Claim]:
 def verdict(effect: Interval, side: str, bound: float) -> str:
     """The rule; `apart` claims more than `bound` on either side.
 
-    Limits that are NaN, for there are too few subjects, decide nothing.
+    Limits that are NaN decide nothing: there are too few subjects, or a ratio is to what may be nothing.
     """
     if side == "apart":
         if effect.low > bound or effect.high < -bound:
@@ -122,8 +122,8 @@ def effect_of(claim: Claim, measures: Measures) -> tuple[Interval, int]:
         units = own.common(other)
         if not units:
             raise NotMeasured(f"no {metric} of {method}, {claim.kind}")
-        if not sum(other.of[unit] for unit in units):
-            raise NotMeasured(f"the mean {metric} of {method} is 0")
+        if sum(other.of[unit] for unit in units) <= 0:
+            raise NotMeasured(f"the mean {metric} of {method} is not above 0, so there is no share of it")
         return own.over(other), len(units)
     return own.mean(), len(own)
 

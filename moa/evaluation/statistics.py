@@ -62,10 +62,10 @@ def degrees_of_freedom(counts: Floats, incidence: Floats, share: Floats) -> floa
     return float(np.clip(np.trace(q) ** 2 / np.sum(q * q), 1, incidence.shape[1] - 1))
 
 
-def cluster_intervals(
+def margins(
     values: ArrayLike, members: Sequence[Sequence[str]], level: float = 0.95
-) -> tuple[Floats, Floats, Floats]:
-    """Means and confidence limits of R quantities measured on the same N images.
+) -> tuple[Floats, list[Floats]]:
+    """Means of R quantities measured on the same N images, and how far from them the truth may lie.
 
     Args:
         values: [N, R], finite.
@@ -73,8 +73,10 @@ def cluster_intervals(
         level: coverage, 0..1.
 
     Returns:
-        mean, low, high, each [R]; the limits are NaN where fewer than two independent subjects (or no two
-        disjoint pairs) exist.
+        mean [R]; and two matrices [R, R], t² times the means' covariance by the two estimates of which the
+        larger counts (module docstring): the dyadic one, and that of independent sets of subjects, below
+        which the first is noise (it can even turn negative) and not believed. They are NaN where fewer than
+        two independent subjects (or no two disjoint pairs) exist.
 
     Raises:
         ValueError: no images, or a value that is not finite.
@@ -92,13 +94,20 @@ def cluster_intervals(
     np.add.at(sums, group, x - mean)
     shrink = 1 - counts @ share @ counts / len(x) ** 2
     if shrink < 1e-9:
-        nothing = np.full_like(mean, np.nan)
-        return mean, nothing, nothing.copy()
-    dyadic = (sums * (share @ sums)).sum(axis=0) / shrink
-    # Below what independent sets would give, the estimate is noise (it can even turn negative): not believed.
-    independent = (sums**2).sum(axis=0) / (1 - (counts**2).sum() / len(x) ** 2)
+        return mean, [np.full((len(mean), len(mean)), np.nan)] * 2
     quantile = stats.t.ppf((1 + level) / 2, degrees_of_freedom(counts, incidence, share))
-    half = quantile * np.sqrt(np.maximum(dyadic, independent)) / len(x)
+    scale = (quantile / len(x)) ** 2
+    dyadic = sums.T @ (share @ sums) / shrink
+    independent = sums.T @ sums / (1 - (counts**2).sum() / len(x) ** 2)
+    return mean, [scale * dyadic, scale * independent]
+
+
+def cluster_intervals(
+    values: ArrayLike, members: Sequence[Sequence[str]], level: float = 0.95
+) -> tuple[Floats, Floats, Floats]:
+    """Means and confidence limits, each [R], of R quantities measured on the same N images: see `margins`."""
+    mean, (dyadic, independent) = margins(values, members, level)
+    half = np.sqrt(np.maximum(np.diag(dyadic), np.diag(independent)))
     return mean, mean - half, mean + half
 
 
@@ -126,17 +135,34 @@ def difference(
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike, members: Sequence[Sequence[str]]) -> Interval:
-    """mean(numerator) / mean(denominator) of paired values [N], with a linearised (delta-method) interval.
+    """mean(numerator) / mean(denominator) of paired values [N], with Fieller's limits (1954).
+
+    They hold exactly those ratios ρ for which the interval of mean(numerator − ρ · denominator) holds 0: the
+    ratio is above a bound if and only if that difference is above 0. NaN where the denominator's own
+    interval reaches 0, for then any ratio may be true.
 
     Raises:
         ValueError: the denominator's mean is zero.
     """
-    a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
-    if b.mean() == 0:
+    values = np.stack([np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)], axis=1)
+    (a, b), parts = margins(values, members)
+    if b == 0:
         raise ValueError("the denominator's mean is zero, so the ratio says nothing")
-    value = a.mean() / b.mean()
-    linear = interval((a - value * b) / b.mean(), members)
-    return Interval(float(value), float(value + linear.low), float(value + linear.high))
+    value = float(a / b)
+    if not all(b * b > part[1, 1] for part in parts):
+        return Interval(value, float("nan"), float("nan"))
+    ends = [value, *(end for part in parts for end in fieller(a, b, part))]
+    return Interval(value, min(ends), max(ends))
+
+
+def fieller(a: float, b: float, margin: Floats) -> list[float]:
+    """Both ends of the ratios ρ with (a − ρ b)² ≤ the margin [2, 2] of a − ρ b; [] if there are none.
+
+    b² must be above its own margin.
+    """
+    square, product, rest = b * b - margin[1, 1], a * b - margin[0, 1], a * a - margin[0, 0]
+    under = product**2 - square * rest
+    return [float((product + sign * np.sqrt(under)) / square) for sign in (-1, 1)] if under >= 0 else []
 
 
 def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]]) -> Interval:

@@ -127,12 +127,25 @@ def test_a_measure_is_judged_as_a_share_of_another():
     assert (missing["verdict"], missing["note"]) == ("not measured", "no plain_ip of moa, single; n")
 
 
-def test_a_ratio_to_nothing_is_not_measured():
-    rows = [{**row, "ip": 0.0} for row in make_rows("single", ("prior", "moa"))]
-    found = judge(
-        Claim("c", "1", "ip", over="prior", bound=0.8, note="n"), Measures(measures.of_samples(rows))
-    )
-    assert (found["verdict"], found["note"]) == ("not measured", "the mean ip of prior is 0; n")
+@pytest.mark.parametrize("ip", [0.0, -0.1])
+def test_a_share_of_nothing_is_not_measured(ip):
+    rows = [{**row, "ip": ip} for row in make_rows("single", ("prior", "moa"))]
+    claim = Claim("c", "1", "ip", over="prior", bound=0.8, note="n")
+    found = judge(claim, Measures(measures.of_samples(rows)))
+    assert found["verdict"] == "not measured"
+    assert found["note"] == "the mean ip of prior is not above 0, so there is no share of it; n"
+
+
+def test_a_share_of_what_may_be_nothing_is_undecided():
+    """The delta method would have given limits here."""
+    rows = make_rows("single", ("prior", "moa"))
+    people = sorted({row["subject"] for row in rows})
+    low = {name: 1.0 - 1.5 * (n % 2) for n, name in enumerate(people)}
+    scored = [{**row, "ip": low[row["subject"]] if row["method"] == "prior" else 5.0} for row in rows]
+    claim = Claim("c", "1", "ip", over="prior", bound=0.8, note="n")
+    found = judge(claim, Measures(measures.of_samples(scored)))
+    assert found["verdict"] == "undecided"
+    assert np.isnan([found["value_low"], found["value_high"]]).all()
 
 
 def test_what_was_not_made_is_said_and_nothing_fails(measured):

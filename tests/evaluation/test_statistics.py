@@ -75,6 +75,36 @@ def test_ratio_covers():
     assert 0.92 <= inside / 400 <= 0.98
 
 
+@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_a_ratio_is_above_a_bound_just_when_the_difference_to_it_is_above_zero(design, scale):
+    """Fieller's limits are where the interval of a − ρ b ends at 0; also for a denominator below 0."""
+    members = DESIGNS[design]
+    rng = np.random.default_rng(6)
+    b = scale * rng.normal(1, 0.4, size=len(members))
+    a = 0.5 * b + rng.normal(0, 0.2, size=len(members))
+    found = ratio(a, b, members)
+    assert found.low < found.mean < found.high
+    for end in (found.low, found.high):
+        apart = interval(a - end * b, members)
+        assert min(abs(apart.low), abs(apart.high)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_ratio_to_what_may_be_nothing_has_no_limits():
+    rng = np.random.default_rng(7)
+    a, b = rng.normal(1, 0.2, size=15), np.linspace(-1, 1.4, 15)
+    found = ratio(a, b, DESIGNS["single"])
+    assert interval(b, DESIGNS["single"]).low < 0 < interval(b, DESIGNS["single"]).high
+    assert found.mean == pytest.approx(a.mean() / b.mean())
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_an_exact_ratio_is_exact():
+    b = np.random.default_rng(8).normal(1, 0.2, size=15)
+    found = ratio(0.9 * b, b, DESIGNS["single"])
+    assert (found.low, found.mean, found.high) == pytest.approx((0.9, 0.9, 0.9), abs=1e-6)
+
+
 def test_slope_is_least_squares_and_covers():
     rng = np.random.default_rng(5)
     inside, members = 0, [(name,) for name in SUBJECTS for _ in range(10)]
