@@ -117,6 +117,7 @@ OWN: dict[str, dict[str, str]] = {
     "router-table": {
         "rows": "parquet file of rows that the `router` stage wrote.",
         "output": "table to write; its ending says the format: .csv, .md or .tex.",
+        "timesteps": "likewise the table by timestep.",
     },
     "merge": {"parts": "samples files of the `score` stage.", "output": "parquet file to write."},
     "tables": {"output": "folder to write the tables to."},

@@ -259,6 +259,7 @@ def tabulate(
     output: str | Path,
     preserved: Sequence[str | Path] = (),
     router: Sequence[str | Path] = (),
+    alike: Sequence[str | Path] = (),
     ablations: Sequence[str | Path] = (),
     split: str = "test",
 ) -> None:
@@ -272,6 +273,7 @@ def tabulate(
         output: folder.
         preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.
         router: the file of `moa.evaluation.router.record`, if there is a router.
+        alike: likewise that of `moa.evaluation.alike`.
         ablations: the measures of `moa.evaluation.ablations`, of validation subjects, if there are any.
         split: whose images.
 
@@ -281,7 +283,7 @@ def tabulate(
     rows = [row for row in samples.read(sample_files) if row["split"] == split]
     if not rows:
         raise DataError(f"no samples of split {split}: generate and score its images first")
-    measures = everything(sample_files, kept, measured, preserved, router, split)
+    measures = everything(sample_files, kept, measured, preserved, router, alike, split)
     ablated = read_rows(ablations, MEASURE)
     for name, table in {
         "claims": ledger(read_claims(claims), measures.with_rows(ablated)),

@@ -20,6 +20,7 @@ from moa.evaluation.statistics import interval
 from moa.evaluation.tables import Table, limits, save
 from moa.files import write_atomically
 
+Rows = Sequence[Mapping[str, Any]]
 Maps = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -116,50 +117,65 @@ def means(image: Sequence[Mapping[str, Any]], side: str, fixed: bool = False) ->
     return share * recorded + 1 - share if fixed else recorded
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Mean prior weight outside and inside the subjects and their difference, over L and then by layer.
+def layer_parts(rows: Rows) -> list[tuple[str, Rows]]:
+    """`ROUTER` rows of L, the layers of the losses, and then of each layer, with what they are called."""
+    layers = dict.fromkeys(row["layer"] for row in rows)
+    alone = [(layer, [row for row in rows if row["layer"] == layer]) for layer in layers]
+    return [("L", [row for row in rows if row["in_losses"]]), *alone]
 
-    An image counts with its mean over layers and timesteps; images without anybody, or with nothing but
-    subjects, are left out and counted. Of L there are also rows over all timesteps, those at which the
-    router is fixed to the prior counted as 1.
+
+def regions(part: Rows, fixed: bool = False) -> list[dict[str, Any]]:
+    """Mean prior weight outside and inside the subjects, and their difference; empty if no image is whole.
+
+    An image counts with its mean over layers and timesteps (`means`); images without anybody, or with
+    nothing but subjects, are left out and counted.
     """
-    losses = [row for row in rows if row["in_losses"]]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    parts = [("L", "free", losses), ("L", "all", losses)]
-    parts += [(layer, "free", [row for row in rows if row["layer"] == layer]) for layer in layers]
+    images = by_image(part)
+    whole = [own for own in images if is_whole(own)]
+    if not whole:
+        return []
+    outside, inside = (np.array([means(own, side, fixed) for own in whole]) for side in ("outside", "inside"))
+    sides = {"outside": outside, "inside": inside, "outside - inside": outside - inside}
+    counts = {"images": len(whole), "left_out": len(images) - len(whole)}
+    members = [own[0]["subjects"] for own in whole]
+    return [
+        {"region": region, **counts, **limits("prior_weight", interval(values, members))}
+        for region, values in sides.items()
+    ]
+
+
+REGION = ("region", "images", "left_out", "prior_weight", "prior_weight_low", "prior_weight_high")
+
+
+def summary(rows: Rows) -> Table:
+    """`regions` over L and then by layer.
+
+    Of L there are also rows over all timesteps, those at which the router is fixed to the prior counted as 1.
+    """
     table = []
-    for name, timesteps, part in parts:
-        images = by_image(part)
-        whole = [own for own in images if is_whole(own)]
-        counts = {"images": len(whole), "left_out": len(images) - len(whole)}
-        if not whole:
-            continue
-        members = [own[0]["subjects"] for own in whole]
-        sides = {
-            side: np.array([means(own, side, timesteps == "all") for own in whole])
-            for side in ("outside", "inside")
-        }
-        sides["outside - inside"] = sides["outside"] - sides["inside"]
-        for region, values in sides.items():
-            weight = limits("prior_weight", interval(values, members))
-            table.append({"layers": name, "timesteps": timesteps, "region": region, **counts, **weight})
-    columns = (
-        "layers",
-        "timesteps",
-        "region",
-        "images",
-        "left_out",
-        "prior_weight",
-        "prior_weight_low",
-        "prior_weight_high",
-    )
+    for name, part in layer_parts(rows):
+        for timesteps in ("free", "all") if name == "L" else ("free",):
+            about = {"layers": name, "timesteps": timesteps}
+            table += [about | row for row in regions(part, timesteps == "all")]
     note = (
         "L: the layers of the losses. Conditional half. Timesteps: free, those at which the router decides; "
         "all, those at which it is fixed to the prior counted as 1."
     )
-    return Table(columns, table, (note,))
+    return Table(("layers", "timesteps", *REGION), table, (note,))
 
 
-def tabulate(rows: str | Path, output: str | Path) -> None:
-    """Write router.csv, or .md or .tex, from `ROUTER` rows."""
-    save(summary(read_rows(rows, ROUTER)), output)
+def by_timestep(rows: Rows) -> Table:
+    """`regions` over L and then by layer, at each timestep at which the router decides, noisiest first."""
+    table = []
+    for name, part in layer_parts(rows):
+        for timestep in sorted({row["timestep"] for row in part}, reverse=True):
+            about = {"layers": name, "timestep": timestep}
+            table += [about | row for row in regions([r for r in part if r["timestep"] == timestep])]
+    return Table(("layers", "timestep", *REGION), table)
+
+
+def tabulate(rows: str | Path, output: str | Path, timesteps: str | Path) -> None:
+    """Write `summary` and `by_timestep` as .csv, .md or .tex, from `ROUTER` rows."""
+    read = read_rows(rows, ROUTER)
+    save(summary(read), output)
+    save(by_timestep(read), timesteps)

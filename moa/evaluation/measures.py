@@ -300,6 +300,7 @@ def everything(
     measured: Sequence[str | Path],
     preserved: Sequence[str | Path] = (),
     router: Sequence[str | Path] = (),
+    alike: Sequence[str | Path] = (),
     split: str = "test",
 ) -> Measures:
     """All measures of a split; the router's are of the images on which it was recorded.
@@ -310,6 +311,7 @@ def everything(
         measured: what `measure`, and `moa.evaluation.shared.compare`, wrote.
         preserved: `PRESERVED` rows, if there is a prior.
         router: `ROUTER` rows, if there is a router.
+        alike: likewise what `moa.evaluation.alike` made of its maps.
         split: whose images.
     """
 
@@ -323,6 +325,7 @@ def everything(
             *of(read_rows(measured, MEASURE)),
             *of_preserved(of(read_rows(preserved, PRESERVED))),
             *of_router(read_rows(router, ROUTER)),
+            *read_rows(alike, MEASURE),
         ]
     )
 

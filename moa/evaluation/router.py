@@ -24,9 +24,10 @@ from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.data.segment import SegmentConfig
 from moa.data.subjects import read_subjects
-from moa.evaluation import samples
+from moa.evaluation import alike, samples
 from moa.evaluation.context import dilate
 from moa.evaluation.maps import ROUTER, Maps, Mask, SavedMaps, save_maps
+from moa.evaluation.measures import MEASURE
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.samples import REQUEST, Row
 from moa.methods import MethodConfig, ModelSource, Request, Sampling
@@ -164,6 +165,7 @@ def record(
     trained: str | Path,
     rows_out: str | Path,
     maps_out: str | Path,
+    alike_out: str | Path,
 ) -> None:
     """Generate with MoA and write what the router did.
 
@@ -174,6 +176,7 @@ def record(
         trained: the folder of the trained adapter.
         rows_out: `ROUTER` rows, one an image, layer and timestep.
         maps_out: safetensors file with the maps of `config.kept` images (see `load_maps`).
+        alike_out: `MEASURE` rows, one a measure and pair of images that differ in their subjects only.
     """
     rows = sorted(samples.read(requests, REQUEST), key=samples.sort_key)
     photos, moa, find = (
@@ -183,6 +186,7 @@ def record(
     )
     wanted = showcase(rows, config.kept)
     measured: list[Row] = []
+    ours: list[alike.LayerMaps] = []  # of the layers of the losses
     kept: dict[int, tuple[Row, Recording, int, Mask]] = {}
     batches = in_batches([samples.to_request(row, photos) for row in rows], config.sampling.batch_size)
     done = 0
@@ -195,11 +199,14 @@ def record(
                 if done + n in wanted:
                     kept[done + n] = (row, made, n, mask)
                 grown = dilate(mask, config.dilation) if mask.any() else mask
-                measured += measure(row, made, n, grown, set(moa.moa.adapter.loss_layers))
+                in_losses = set(moa.moa.adapter.loss_layers)
+                measured += measure(row, made, n, grown, in_losses)
+                ours.append({layer: maps[n] for layer, maps in made.maps.items() if layer in in_losses})
             done += len(batch)
             bar.update(len(batch))
     write_rows(rows_out, measured, ROUTER)
     save_maps(maps_out, collect([kept[index] for index in wanted]))
+    write_rows(alike_out, alike.compare(rows, ours), MEASURE)
 
 
 def showcase(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:

@@ -154,7 +154,7 @@ def router_rows(found: bool = True) -> list[dict]:
 
 def test_summary_is_over_loss_layers_and_all_timesteps(tmp_path):
     write_rows(tmp_path / "rows.parquet", router_rows(), ROUTER)
-    maps.tabulate(tmp_path / "rows.parquet", tmp_path / "router.csv")
+    maps.tabulate(tmp_path / "rows.parquet", tmp_path / "router.csv", tmp_path / "timesteps.csv")
     lines = (tmp_path / "router.csv").read_text().splitlines()
     assert (
         lines[0] == "layers,timesteps,region,images,left_out,prior_weight,prior_weight_low,prior_weight_high"
@@ -168,6 +168,17 @@ def test_summary_is_over_loss_layers_and_all_timesteps(tmp_path):
         ["L", "all", "outside - inside", "4", "0", "0.2075"],
     ]
     assert len(lines) == 1 + 3 * 4
+    by_timestep = (tmp_path / "timesteps.csv").read_text().splitlines()
+    assert by_timestep[0] == lines[0].replace("timesteps", "timestep")
+    assert [line.split(",")[:6] for line in by_timestep[1:7]] == [
+        ["L", "900", "outside", "4", "0", "0.8850"],
+        ["L", "900", "inside", "4", "0", "0.5700"],
+        ["L", "900", "outside - inside", "4", "0", "0.3150"],
+        ["L", "0", "outside", "4", "0", "0.8850"],
+        ["L", "0", "inside", "4", "0", "0.3700"],
+        ["L", "0", "outside - inside", "4", "0", "0.5150"],
+    ]
+    assert len(by_timestep) == 1 + 3 * 3 * 2
 
 
 def test_images_without_anybody_are_counted():

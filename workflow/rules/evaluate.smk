@@ -19,7 +19,9 @@ DETAILS = [
 ]
 # The router is looked at on validation subjects, whatever is made of the test subjects.
 ROUTED = [kind for kind in ("single", "swap") if kind in stages.kinds(CONFIG, "validation")]
-ROUTER = [f"{OUT}/tables/router.csv"] if "moa" in METHODS and ROUTED else []
+ROUTER = [
+    f"{OUT}/tables/{name}.csv" for name in ("router", "router_timesteps") if "moa" in METHODS and ROUTED
+]
 CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for form in FORMS]
 CLAIMS += [f"{OUT}/tables/sizes.csv"]
 # What is left of the prior's images can be said only where there are any.
@@ -262,6 +264,7 @@ rule claims:
         measured=[*(f"{OUT}/scores/{method}-measures.parquet" for method in METHODS), *SHARED],
         preserved=PRESERVED,
         router=[f"{OUT}/router/rows.parquet"] if ROUTER else [],
+        alike=[f"{OUT}/router/alike.parquet"] if ROUTER else [],
         ablations=ABLATED,
     output:
         report(CLAIMS, category="Tables", caption="../report/claims.rst"),
@@ -279,12 +282,13 @@ rule claims:
         folder=subpath(output[0], parent=True),
         preserved=lambda wildcards, input: option("--preserved", input.preserved),
         router=lambda wildcards, input: option("--router", input.router),
+        alike=lambda wildcards, input: option("--alike", input.alike),
         ablations=lambda wildcards, input: option("--ablations", input.ablations),
     message:
         "Setting the paper's claims beside what was measured"
     shell:
         "python -m moa claims --claims {input.claims} --sample-files {input.samples} --kept {input.kept}"
-        " --measured {input.measured} {params.preserved} {params.router} {params.ablations}"
+        " --measured {input.measured} {params.preserved} {params.router} {params.alike} {params.ablations}"
         " --output {params.folder} > {log} 2>&1"
 
 
@@ -330,6 +334,7 @@ rule router:
     output:
         rows=f"{OUT}/router/rows.parquet",
         maps=f"{OUT}/router/maps.safetensors",
+        alike=f"{OUT}/router/alike.parquet",
     log:
         f"{OUT}/logs/router.log",
     benchmark:
@@ -347,14 +352,15 @@ rule router:
         "Recording what the router does"
     shell:
         "python -m moa router --config {params.config:q} --requests {input.requests} --subjects {input.subjects}"
-        " --trained {input.trained} --rows-out {output.rows} --maps-out {output.maps} > {log} 2>&1"
+        " --trained {input.trained} --rows-out {output.rows} --maps-out {output.maps}"
+        " --alike-out {output.alike} > {log} 2>&1"
 
 
 rule router_table:
     input:
         f"{OUT}/router/rows.parquet",
     output:
-        report(f"{OUT}/tables/router.csv", category="Tables", caption="../report/router.rst"),
+        report(ROUTER, category="Tables", caption="../report/router.rst"),
     log:
         f"{OUT}/logs/router_table.log",
     conda:
@@ -364,4 +370,4 @@ rule router_table:
     message:
         "Tabulating what the router does"
     shell:
-        "python -m moa router-table --rows {input} --output {output} > {log} 2>&1"
+        "python -m moa router-table --rows {input} --output {output[0]} --timesteps {output[1]} > {log} 2>&1"
