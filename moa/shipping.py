@@ -20,7 +20,7 @@ from moa.files import write_atomically
 from moa.hashing import ROOT, file_hash
 from moa.report import PACKAGES, installed
 
-FOLDERS = ("tables", "figures")  # of what is shipped; replaced there
+FOLDERS = ("tables", "figures", "scores", "router", "ablations")  # of what is shipped; replaced there
 SOURCES = ("Snakefile", "workflow", "config", "moa", "notebooks")  # what results depend on
 
 
@@ -76,11 +76,11 @@ def seconds_of_jobs(benchmarks: Path) -> dict[str, float]:
 
 
 def ship(results: Path, output: Path = Path("docs/results")) -> None:
-    """Copy what a run's made.json names, its tables, figures and samples, without images, weights and data.
+    """Copy what a run's made.json names: tables, figures, samples and measures; no images, weights or data.
 
     Args:
         results: folder of a run that is whole, with its made.json.
-        output: folder to copy to; its tables and figures are replaced, other files stay.
+        output: folder to copy to; its tables, figures and measures are replaced, other files stay.
 
     Raises:
         FileNotFoundError: the run is not whole. ValueError: a file is not the one that made.json names.

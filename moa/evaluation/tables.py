@@ -146,7 +146,7 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
         scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
     notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
-    if (count := max(len({row["train_seed"] for row in own}) for own in by_method(rows).values())) > 1:
+    if (count := max(len(_seeds(own)) for own in by_method(rows).values())) > 1:
         notes.append(
             f"Trained methods: mean of {count} trainings; tables/seeds says how far apart these lie."
         )
@@ -266,16 +266,20 @@ def kept_context(rows: Rows) -> Table:
     return Table(("method", "minus", "pairs", "left_out", *bounds), table, notes)
 
 
+def _pair(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["subject"], row["other"], row["prompt_id"], row["index"]
+
+
 def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:
     """Difference over the swaps that both methods have a value for."""
 
     def keyed(rows: Rows, metric: str) -> dict[Any, float]:
         values: dict[Any, list[float]] = {}
         for r in rows:
-            values.setdefault((r["subject"], r["other"], r["prompt_id"], r["index"]), []).append(r[metric])
+            values.setdefault(_pair(r), []).append(r[metric])
         return {key: sum(v) / len(v) for key, v in values.items()}
 
-    members = {(r["subject"], r["other"], r["prompt_id"], r["index"]): r["members"] for r in own}
+    members = {_pair(r): r["members"] for r in own}
     row: dict[str, Any] = {"method": method, "minus": minus}
     for metric in KEPT_METRICS:
         if any(r[metric] is None for r in (*own, *reference)):
@@ -415,6 +419,33 @@ def trainings(rows: Rows, kind: str) -> Table:
         "or of each training of two methods that share theirs. sd: their standard deviation.",
     )
     return Table(SEEDS, table, notes)
+
+
+def trainings_of_swaps(rows: Rows) -> Table:
+    """Likewise of the context kept under a swap, from `KEPT` rows: pairs with a value in every training."""
+    table: list[dict[str, Any]] = []
+    for metric in ("psnr", "ssim"):
+        for method, own in by_method(rows).items():
+            seeds = _seeds(own)
+            pairs: dict[tuple[Any, ...], dict[int | None, float]] = {}
+            for row in own:
+                if row[metric] is not None:
+                    pairs.setdefault(_pair(row), {})[row["train_seed"]] = row[metric]
+            whole = {pair: found for pair, found in pairs.items() if found.keys() == seeds}
+            if len(seeds) > 1 and whole:
+                members = {_pair(row): row["members"] for row in own}
+                value = interval(
+                    [statistics.mean(found.values()) for found in whole.values()],
+                    [members[pair] for pair in whole],
+                )
+                means = [statistics.mean(found[seed] for found in whole.values()) for seed in seeds]
+                about = {"kind": "swap", "metric": f"swap_{metric}", "method": method}
+                table.append(about | {"trainings": len(seeds)} | limits("value", value) | _spread(means))
+    return Table(SEEDS, table)
+
+
+def _seeds(rows: Rows) -> set[int | None]:
+    return {row["train_seed"] for row in rows}
 
 
 def _means_of_trainings(rows: Rows, metric: str) -> dict[int | None, float]:
@@ -587,8 +618,8 @@ def tables(
     swaps = [row for row in read_rows(kept, KEPT) if (row["split"], row["kind"]) == (split, "swap")]
     if swaps or any(row["kind"] == "swap" for row in rows):
         made["context"] = kept_context(swaps)
-    spread = [trainings(part, kind) for kind, part in present.items()]
-    if any(table.rows for table in spread):
+    spread = [trainings(part, kind) for kind, part in present.items()] + [trainings_of_swaps(swaps)]
+    if any(len(_seeds(own)) > 1 for part in (*present.values(), swaps) for own in by_method(part).values()):
         made["seeds"] = joined(spread)
     for name, table in made.items():
         for form in FORMS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 
 import numpy as np
@@ -283,6 +284,28 @@ def test_an_interval_does_not_shrink_because_a_method_was_trained_twice(files):
         assert [b[f"ip{s}"] for s in ("", "_low", "_high")] == pytest.approx(
             [a[f"ip{s}"] for s in ("", "_low", "_high")]
         )
+
+
+def kept_row(method, seed, subject, other, psnr):
+    return {
+        "method": method, "train_seed": seed, "split": "test", "kind": "swap", "prompt_id": "p", "index": 0,
+        "subject": subject, "other": other, "members": [subject, other], "psnr": psnr, "ssim": psnr and 0.5,
+        "lpips": None, "outside": 0.5,
+    }  # fmt: skip
+
+
+def test_the_spread_of_the_kept_context_is_over_pairs_of_all_trainings():
+    """A pair that one training lost somebody in would be missing from its mean only."""
+    pairs = list(itertools.combinations("abcd", 2))
+    rows = [kept_row("moa", seed, *pair, 20.0 + seed) for seed in (0, 1) for pair in pairs]
+    rows[0] |= {"psnr": None, "ssim": None}
+    rows[6] |= {"psnr": 99.0}  # of the same pair, with the other seed
+    rows += [kept_row("prior", None, *pair, 50.0) for pair in pairs]
+    psnr, ssim = tables.trainings_of_swaps(rows).rows
+    assert (psnr["kind"], psnr["metric"], psnr["method"]) == ("swap", "swap_psnr", "moa")
+    assert (psnr["trainings"], psnr["value"], psnr["least"], psnr["most"]) == (2, 20.5, 20.0, 21.0)
+    assert psnr["sd"] == pytest.approx(0.5**0.5)
+    assert (ssim["metric"], ssim["sd"]) == ("swap_ssim", 0.0)
 
 
 def test_costs_of_several_trainings_are_their_mean(files):

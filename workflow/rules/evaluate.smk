@@ -11,7 +11,7 @@ QUALITY = [
 ]
 # How far trainings of a method that differ in their seed alone lie apart.
 AGAIN = [kind for method, kinds in METHODS.items() if len(MAKERS[method]) > 1 for kind in kinds]
-QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if {*AGAIN} & {"single", "multi"}]
+QUALITY += [f"{OUT}/tables/seeds{form}" for form in FORMS if {*AGAIN} & {"single", "multi", "swap"}]
 DETAILS = [
     f"{OUT}/tables/{name}.csv"
     for name in ("differences", "progress", "groups")
@@ -32,6 +32,15 @@ BASE = ["prior"] if "prior" in METHODS else []
 COST = [f"{OUT}/tables/cost{form}" for form in FORMS]
 ABLATIONS = [f"{OUT}/tables/ablations{form}" for form in FORMS if CONFIG.get("ablations")]
 ABLATED = [f"{OUT}/ablations/measures.parquet"] if ABLATIONS else []
+# What the claims are judged by.
+MEASURED = {
+    "kept": [f"{OUT}/scores/kept.parquet"],
+    "measured": [*(f"{OUT}/scores/{method}-measures.parquet" for method in METHODS), *SHARED],
+    "preserved": PRESERVED,
+    "router": [f"{OUT}/router/rows.parquet"] if ROUTER else [],
+    "alike": [f"{OUT}/router/alike.parquet"] if ROUTER else [],
+    "ablations": ABLATED,
+}
 TABLES = [*QUALITY, *DETAILS, *CLAIMS, *ABLATIONS, *COST, *ROUTER, *ANNOTATION]
 
 
@@ -258,14 +267,9 @@ rule measure:
 
 rule claims:
     input:
+        **MEASURED,
         claims="config/claims.yaml",
         samples=f"{OUT}/samples.parquet",
-        kept=f"{OUT}/scores/kept.parquet",
-        measured=[*(f"{OUT}/scores/{method}-measures.parquet" for method in METHODS), *SHARED],
-        preserved=PRESERVED,
-        router=[f"{OUT}/router/rows.parquet"] if ROUTER else [],
-        alike=[f"{OUT}/router/alike.parquet"] if ROUTER else [],
-        ablations=ABLATED,
     output:
         report(CLAIMS, category="Tables", caption="../report/claims.rst"),
     log:
@@ -280,15 +284,11 @@ rule claims:
     params:
         code=code("claims"),
         folder=subpath(output[0], parent=True),
-        preserved=lambda wildcards, input: option("--preserved", input.preserved),
-        router=lambda wildcards, input: option("--router", input.router),
-        alike=lambda wildcards, input: option("--alike", input.alike),
-        ablations=lambda wildcards, input: option("--ablations", input.ablations),
+        measured=[option(f"--{name}", files) for name, files in MEASURED.items()],
     message:
         "Setting the paper's claims beside what was measured"
     shell:
-        "python -m moa claims --claims {input.claims} --sample-files {input.samples} --kept {input.kept}"
-        " --measured {input.measured} {params.preserved} {params.router} {params.alike} {params.ablations}"
+        "python -m moa claims --claims {input.claims} --sample-files {input.samples} {params.measured}"
         " --output {params.folder} > {log} 2>&1"
 
 

@@ -108,7 +108,7 @@ rule router_notebook:
 
 rule made:
     input:
-        shipped=[*TABLES, *FIGURES, *ABLATED, f"{OUT}/samples.parquet"],
+        shipped=[*TABLES, *FIGURES, *sum(MEASURED.values(), []), f"{OUT}/samples.parquet"],
         report=f"{OUT}/report.html",
     output:
         f"{OUT}/made.json",
