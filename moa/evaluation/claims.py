@@ -254,9 +254,9 @@ def by_size(rows: Sequence[Mapping[str, Any]]) -> Table:
 def tabulate(
     claims: str | Path,
     sample_files: Sequence[str | Path],
-    kept: str | Path,
-    measured: Sequence[str | Path],
     output: str | Path,
+    kept: Sequence[str | Path] = (),
+    measured: Sequence[str | Path] = (),
     preserved: Sequence[str | Path] = (),
     router: Sequence[str | Path] = (),
     alike: Sequence[str | Path] = (),
@@ -268,9 +268,10 @@ def tabulate(
     Args:
         claims: config/claims.yaml.
         sample_files: scored rows.
-        kept: the file of `moa.evaluation.score.compare_swaps`.
-        measured: those of `moa.evaluation.measures.measure` and `moa.evaluation.shared.compare`.
         output: folder.
+        kept: the file of `moa.evaluation.score.compare_swaps`; what the files left out would show is not
+            measured.
+        measured: those of `moa.evaluation.measures.measure` and `moa.evaluation.shared.compare`.
         preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.
         router: the file of `moa.evaluation.router.record`, if there is a router.
         alike: likewise that of `moa.evaluation.alike`.

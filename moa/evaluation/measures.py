@@ -296,8 +296,8 @@ def trial_measures(folder: Path) -> list[Row]:
 
 def everything(
     sample_files: Sequence[str | Path],
-    kept: str | Path,
-    measured: Sequence[str | Path],
+    kept: Sequence[str | Path] = (),
+    measured: Sequence[str | Path] = (),
     preserved: Sequence[str | Path] = (),
     router: Sequence[str | Path] = (),
     alike: Sequence[str | Path] = (),

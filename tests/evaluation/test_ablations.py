@@ -80,13 +80,9 @@ def test_the_ledger_reads_them(table, tmp_path):
 
 def test_ablations_stay_out_of_the_tables_of_test_subjects(table, tmp_path):
     samples.write(tmp_path / "samples.parquet", make_rows("single", ("prior", "moa")))
-    write_rows(tmp_path / "kept.parquet", [], KEPT)
-    write_rows(tmp_path / "none.parquet", [], MEASURE)
     claims.tabulate(
         ROOT / "config/claims.yaml",
         [tmp_path / "samples.parquet"],
-        tmp_path / "kept.parquet",
-        [tmp_path / "none.parquet"],
         tmp_path / "tables",
         ablations=[tmp_path / "measures.parquet"],
     )

@@ -266,7 +266,11 @@ def run(folder, output):
     write_rows(folder / "kept.parquet", [], KEPT)
     write_rows(folder / "measures.parquet", [], MEASURE)
     claims.tabulate(
-        LEDGER, [folder / "samples.parquet"], folder / "kept.parquet", [folder / "measures.parquet"], output
+        LEDGER,
+        [folder / "samples.parquet"],
+        output,
+        [folder / "kept.parquet"],
+        [folder / "measures.parquet"],
     )
     return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
 

@@ -306,10 +306,12 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
         for name in ("psnr", "ssim", "lpips")
     ]
     write_rows(tmp_path / "shared.parquet", shared, measures.MEASURE)
+    alike = [next(measures.measure_row(swap, f"router_alike{of}", 0.5)) for of in ("", "_excess")]
+    write_rows(tmp_path / "alike.parquet", alike, measures.MEASURE)
     found = measures.everything(
-        [tmp_path / "samples.parquet"], tmp_path / "kept.parquet",
+        [tmp_path / "samples.parquet"], [tmp_path / "kept.parquet"],
         [tmp_path / "measures.parquet", tmp_path / "shared.parquet"],
-        [tmp_path / "preserved.parquet"], [tmp_path / "router.parquet"],
+        [tmp_path / "preserved.parquet"], [tmp_path / "router.parquet"], [tmp_path / "alike.parquet"],
     )  # fmt: skip
     assert {metric for kind, metric, _ in found if kind == "multi"} == {
         "ip", "pc", "missing", "size", "own", "leak", "leak_excess", "apart",
