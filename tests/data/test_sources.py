@@ -29,6 +29,7 @@ from moa.data.sources.config import PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import shard_of, split_of, stamp
 from moa.data.sources.quarantine import Quarantined, examine
 from moa.data.sources.reasons import QUARANTINED
+from tests.data import hub_cache
 
 SHARDS = {"train": 3, "validation": 1}
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
@@ -684,3 +685,100 @@ def test_another_revision_than_the_lock_s_is_named(tmp_path):
             DataError, match=rf"revision is {other or 'main'}, but .*made from 0+ \(v1\).*--accept"
         ):
             lock.run(replace(settings, revision=other), tmp_path / "index.parquet")
+
+
+# --- Data sets of the hub -----------------------------------------------------------------------------------
+
+OLD, NEW = "a" * 40, "b" * 40
+FACES = "someone/faces"
+
+
+def parquet(name: str) -> bytes:
+    """A file of one photo, as `push_to_hub` writes it."""
+    file = io.BytesIO()
+    features = datasets.Features({"image": datasets.Image(), "key": datasets.Value("string")})
+    datasets.Dataset.from_dict({"image": [{"bytes": GOOD[name]}], "key": [name]}, features).to_parquet(file)
+    return file.getvalue()
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch) -> PhotosConfig:
+    """Two commits of a data set in the hub's cache, with different photos; the newer one was fetched last."""
+    hub_cache.offline(tmp_path / ".cache", monkeypatch)
+    for commit, name in ((OLD, "plain.png"), (NEW, "photo.jpg")):
+        files = {"data/train-00000-of-00001.parquet": parquet(name), "README.md": b"# Faces"}
+        hub_cache.add_commit(tmp_path / ".cache", FACES, commit, files)
+    return replace(config(tmp_path / "x", "dataset", id_column="key"), path=FACES)
+
+
+@pytest.mark.parametrize("order", [(OLD, NEW, OLD), (NEW, OLD, NEW)])
+def test_each_commit_gives_its_own_photos_offline(order, cached, tmp_path):
+    """Whatever was read before, and whatever the caches of `datasets` hold of it."""
+    for number, commit in enumerate(order):
+        settings = replace(cached, revision=commit, lock=tmp_path / f"{number}.sha256")
+        (tmp_path / f"{number}").mkdir()
+        kept, aside = ingest(settings, tmp_path / f"{number}")
+        name = {OLD: "plain.png", NEW: "photo.jpg"}[commit]
+        assert {key: row["image"]["bytes"] for key, row in kept.items()} == {name: GOOD[name]} and not aside
+        assert kept[name]["source"] == f"test@{commit}"
+        assert f"# revision: {commit}\n" in settings.lock.read_text()
+
+
+@pytest.mark.parametrize("commit", ["c" * 40, "main"])
+def test_a_commit_that_is_not_in_the_cache_is_an_error_offline(commit, cached, tmp_path):
+    """Another one would do for `datasets`, and lie in the lock under this one's name."""
+    datasets.load_dataset(str(hub_cache_of(cached, tmp_path, NEW)))
+    own = (tmp_path / ".cache/datasets" / NEW).rename(tmp_path / ".cache/datasets/someone___faces")
+    [arrow] = own.rglob("*.arrow")
+    arrow.rename(arrow.with_name("faces-train.arrow"))  # as if it had been loaded by its name
+    settings = replace(cached, revision=commit)
+    with pytest.raises(DataError, match=rf"data\.photos: .*{commit}.*go online once"):
+        lock.run(settings, tmp_path / "index.parquet")
+    assert not settings.lock.exists() and not (tmp_path / "index.parquet").exists()
+
+
+def hub_cache_of(settings: PhotosConfig, tmp_path: Path, commit: str) -> Path:
+    """The folder of a commit."""
+    return tmp_path / f".cache/hub/datasets--{settings.path.replace('/', '--')}/snapshots/{commit}"
+
+
+@pytest.mark.parametrize("lost", ["a file", "the list"])
+def test_half_a_commit_in_the_cache_is_an_error_offline(lost, cached, tmp_path):
+    """A fetch that was broken off: fewer photos would be locked as if they were all."""
+    folder = hub_cache_of(cached, tmp_path, OLD)
+    (folder / "README.md" if lost == "a file" else folder.parents[1] / f"trees/{OLD}.json").unlink()
+    settings = replace(cached, revision=OLD)
+    with pytest.raises(DataError, match=rf"commit {OLD} of the data set .* as a whole .*go online once"):
+        lock.run(settings, tmp_path / "index.parquet")
+    assert not settings.lock.exists()
+
+
+def test_image_files_of_a_commit_are_read_through_its_links(cached, tmp_path):
+    """They lie among the blobs, without endings; a link to anywhere else is still put aside."""
+    name, commit = "someone/files", "d" * 40
+    files = {f"train/{photo}": GOOD[photo] for photo in ("plain.png", "photo.jpg")}
+    folder = hub_cache.add_commit(tmp_path / ".cache", name, commit, files)
+    (tmp_path / "secret.png").write_bytes(encoded(FRAMES[1]))
+    (folder / "train/secret.png").symlink_to(tmp_path / "secret.png")
+    kept, aside = ingest(replace(cached, path=name, revision=commit, id_column=None), tmp_path)
+    assert sorted(row["image"]["bytes"] for row in kept.values()) == sorted(files.values())
+    assert [row["reason"] for row in aside.values()] == ["link"]
+
+
+def test_a_loading_script_is_named(cached, tmp_path):
+    files = {"faces.py": b"import datasets", "data/train.parquet": parquet("plain.png")}
+    hub_cache.add_commit(tmp_path / ".cache", FACES, "e" * 40, files)
+    with pytest.raises(DataError, match=r"data\.photos: 'someone/faces' has a loading script, faces\.py"):
+        lock.run(replace(cached, revision="e" * 40), tmp_path / "index.parquet")
+
+
+def test_a_lock_without_a_commit_is_named(cached, tmp_path):
+    """A branch's name would be read at whatever it is now."""
+    cached.lock.write_text("# revision: main\n# asked: main\n")
+    with pytest.raises(DataError, match=r"'main' is no commit of .*photos\.sha256 from your backup"):
+        lock.run(cached, tmp_path / "index.parquet")
+
+
+def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(cached):
+    with pytest.raises(DataError, match=r"data\.photos\.path: there is no folder someone/faces"):
+        hub.load(cached, "")
