@@ -128,14 +128,13 @@ def folder(tmp_path: Path) -> Path:
     for number, (name, data) in enumerate({**GOOD, **{k: v[0] for k, v in BAD.items()}}.items()):
         (top / ("below/deeper", "below", "")[number % 3] / name).write_bytes(data)
     (tmp_path / "secret.png").write_bytes(encoded())
-    (tmp_path / "others").mkdir()
-    (tmp_path / "others/theirs.png").write_bytes(encoded())
     (top / "out.png").symlink_to(tmp_path / "secret.png")
-    (top / "away").symlink_to(tmp_path / "others")
     (top / "foreign.png").symlink_to(os.fsdecode(b"/latin-\xe9"))  # a target that no table can hold
     (top / "nowhere.png").symlink_to(tmp_path / "none.png")
     (top / "round.png").symlink_to(top / "round.png")
     (top / "loop").symlink_to(top)
+    (top / "gone.txt").symlink_to(tmp_path / "none.txt")
+    (top / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     os.mkfifo(top / "pipe.png")  # reading it would wait for ever
     (top / "notes.txt").write_text("no photo")
     (top / "._photo.jpg").write_bytes(b"resource fork")
@@ -155,13 +154,16 @@ def test_every_odd_file_is_handled_or_put_aside(folder, tmp_path):
         assert decode_image(row["image"]).size == (row["width"], row["height"])
     assert {name for name, row in aside.items() if row["reason"] == "link"} == {
         "out",
-        "away",
         "nowhere",
         "round",
         "foreign",
     }
     assert aside["foreign"]["detail"].endswith(r"foreign.png → /latin-\udce9")
     assert aside["pipe"]["reason"] == "unreadable"
+    assert (
+        aside["phone"]["reason"] == "format"
+        and "phone.HEIC: .HEIC is not decoded" in aside["phone"]["detail"]
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -303,6 +305,36 @@ def test_a_name_that_is_put_aside_takes_no_id(tmp_path):
     assert aside["a"]["reason"] == "link"
 
 
+@pytest.mark.parametrize(
+    ("link", "target"), [("away", "others"), ("away.jpg", "others"), ("store", ".store"), ("disk", "none")]
+)
+def test_a_link_to_a_folder_that_is_not_looked_at_is_an_error(link, target, tmp_path):
+    """Many photos may lie there; as one photo put aside they would pass any limit."""
+    photos = tmp_path / "photos"
+    for place in (photos, photos / ".store", tmp_path / "others"):
+        place.mkdir()
+        (place / "a.png").write_bytes(encoded())
+    (photos / link).symlink_to((photos if target == ".store" else tmp_path) / target)
+    message = (
+        rf"photos/{link} is a link to .*{target}, .* could not be counted: give that folder as data\.photos"
+    )
+    with pytest.raises(DataError, match=message):
+        lock.run(config(photos), tmp_path / "index.parquet")
+    assert not config(photos).lock.exists()
+    (photos / link).unlink()
+    assert set(ingest(config(photos), tmp_path)[0]) == {"a"}
+
+
+def test_a_raw_photo_is_not_taken_for_its_preview(tmp_path):
+    """Cameras' files are TIFF by their first bytes; the JPEG beside one has its id and is kept."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.NEF").write_bytes(encoded(kind="TIFF"))
+    (tmp_path / "photos/a.jpg").write_bytes(GOOD["photo.jpg"])
+    kept, aside = ingest(config(tmp_path / "photos"), tmp_path)
+    assert kept["a"]["image"]["path"] == "a.jpg"
+    assert aside["a"]["reason"] == "format" and "a.NEF" in aside["a"]["detail"]
+
+
 def test_names_that_no_table_can_hold_are_put_aside(tmp_path):
     (tmp_path / "photos").mkdir()
     for name in (b"line\nbreak.png", b"latin-\xe9.png", "schön 好.png".encode()):
@@ -365,14 +397,18 @@ def open_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def seen_by_a_user(settings: PhotosConfig) -> tuple[str, list[str]]:
-    """Stamp and reasons as anybody but root sees them, whom no right stops."""
+def seen_by_a_user(settings: PhotosConfig) -> tuple[str, list[str] | str]:
+    """Stamp and reasons, or an error, as anybody but root sees them, whom no right stops."""
 
     def look(sender) -> None:
         if os.getuid() == 0:
             os.setuid(65534)
         listing._stamps.cache_clear()
-        sender.send((stamp(settings, SHARDS), [found.reason for found in listing.photos(settings)]))
+        try:
+            said = [found.reason for found in listing.photos(settings)]
+        except DataError as error:
+            said = str(error)
+        sender.send((stamp(settings, SHARDS), said))
 
     receiver, sender = multiprocessing.Pipe(False)
     child = multiprocessing.get_context("fork").Process(target=look, args=[sender])
@@ -392,6 +428,16 @@ def test_a_file_whose_rights_are_mended_is_taken_in(open_folder):
     photo.chmod(0o644)
     after, reasons = seen_by_a_user(settings)
     assert reasons == [""] and after != before
+
+
+def test_a_tar_that_may_not_be_read_is_an_error_until_its_rights_are_mended(open_folder):
+    write_tar(open_folder / "0.tar", FOUR)
+    (open_folder / "0.tar").chmod(0)
+    before, said = seen_by_a_user(config(open_folder, "tar"))
+    assert "cannot be opened (0.tar may not be read); mend its name or rights" in said
+    (open_folder / "0.tar").chmod(0o644)
+    after, reasons = seen_by_a_user(config(open_folder, "tar"))
+    assert reasons == [""] * 4 and after != before
 
 
 def test_a_lock_in_another_encoding_is_named(folder, tmp_path):
@@ -433,7 +479,8 @@ def test_a_rotten_source_is_an_error_with_its_counts(limit, passes, folder, tmp_
         assert lines[0] == "id,reason,detail" and len(lines) == 19
     else:
         with pytest.raises(
-            DataError, match=r"18 of 29 photos .*'no_image': 2, 'broken': 2, 'animated': 4.*raise"
+            DataError,
+            match=r"18 of 29 photos .*'no_image': 2, 'format': 1, 'broken': 2, 'animated': 4.*raise",
         ):
             quarantine.run(*arguments)
         assert not (tmp_path / "q.csv").exists()
@@ -554,6 +601,28 @@ def test_a_damaged_tar_is_whole_or_an_error(tmp_path):
             except DataError:
                 outcomes.add("error")
     assert outcomes == {"whole", "error"}
+
+
+def test_a_link_to_a_tar_elsewhere_is_an_error(tars, tmp_path):
+    """Of one within the folder the members are read."""
+    (tmp_path / "elsewhere").mkdir()
+    (tars / "0001.tar").rename(tmp_path / "elsewhere/0001.tar")
+    (tars / "0001.tar").symlink_to(tmp_path / "elsewhere/0001.tar")
+    message = (
+        r"0001\.tar is a link to .*, .* could not be counted: give that tar's folder as data\.photos\.path"
+    )
+    with pytest.raises(DataError, match=message):
+        lock.run(config(tars, "tar"), tmp_path / "index.parquet")
+    (tars / "0001.tar").unlink()
+    (tars / "0001.tar").symlink_to(tars / "0000.tar")
+    assert "0001/a" in ingest(config(tars, "tar"), tmp_path)[0]
+
+
+def test_members_in_other_formats_are_counted(tars, tmp_path):
+    write_tar(tars / "0002.tar", {"a.jxl": b"\xff\n", "a.json": b"{}", "b.jpg": GOOD["photo.jpg"]})
+    kept, aside = ingest(config(tars, "tar"), tmp_path)
+    assert "0002/b" in kept and "0002.tar/a.jxl" in aside["0002/a"]["detail"]
+    assert aside["0002/a"]["reason"] == "format"
 
 
 def test_of_members_with_one_name_the_last_counts(tars, tmp_path):

@@ -73,7 +73,7 @@ def hash_range(path: Path, offset: int, size: int) -> str:
 
 def _hash_files(config: PhotosConfig, found: Found) -> tuple[Found, dict[str, str]]:
     """A photo with the hashes of its files by name; with a reason if they cannot be read."""
-    if found.reason in ("link", "unreadable", "name", "missing"):
+    if found.reason in ("link", "unreadable", "name", "missing", "format"):
         return found, {}
     root = Path(config.path)
     try:

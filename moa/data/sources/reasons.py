@@ -2,6 +2,7 @@
 
 QUARANTINED = {
     "no_image": "the bytes are no picture of a known format, whatever the name says",
+    "format": "a picture by its name, in a format that is not decoded",
     "broken": "the picture is cut short or damaged: it cannot be decoded to its last row",
     "animated": "more than one picture in the file",
     "small_photo": "a side below `min_side`",
