@@ -287,6 +287,15 @@ def test_a_lost_shard_comes_back_the_same(folder, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == before
 
 
+@pytest.mark.parametrize("shard", [-1, 3])
+def test_a_shard_that_there_is_not_is_an_error(shard, folder, tmp_path):
+    lock.run(config(folder), tmp_path / "index.parquet")
+    files = tmp_path / "raw.parquet", tmp_path / "bad.parquet"
+    with pytest.raises(DataError, match=rf"train has shards 0\.\.2, not {shard}; correct shards\.train"):
+        photos.run(config(folder), "train", shard, 3, tmp_path / "index.parquet", *files)
+    assert not any(file.exists() for file in files)
+
+
 def test_two_files_with_one_id_leave_one(tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("a.png", "a.jpg", "b.png"):

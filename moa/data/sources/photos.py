@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.compute as pc
 from tqdm import tqdm
@@ -75,7 +76,13 @@ def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row
 
 
 def run(
-    config: PhotosConfig, split: str, shard: int, shards: int, index: Path, raw: Path, quarantined: Path
+    config: PhotosConfig,
+    split: Literal["train", "validation"],
+    shard: int,
+    shards: int,
+    index: Path,
+    raw: Path,
+    quarantined: Path,
 ) -> None:
     """Write one shard, numbered from 0, of the photos of an index.
 
