@@ -57,6 +57,17 @@ def header(width: int, height: int) -> bytes:
     )
 
 
+def grey_tiff(values: np.ndarray) -> bytes:
+    """An uncompressed TIFF of grey values of any kind."""
+    height, width = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags |= {279: values.nbytes, 339: kind}
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<I", 8 + values.nbytes)
+    return b"II*\0" + start + values.tobytes() + struct.pack("<H", len(tags)) + fields + bytes(4)
+
+
 def turned() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -64,7 +75,8 @@ def turned() -> Image.Exif:
 
 
 FRAMES = [Image.fromarray(np.roll(PIXELS, i, 0)) for i in range(3)]
-DEEP = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+GREY = PIXELS[..., 0]
+DEEP = Image.fromarray(GREY.astype(np.uint16) * 257)
 GOOD = {
     "plain.png": encoded(),
     "photo.jpg": encoded(kind="JPEG"),
@@ -74,6 +86,10 @@ GOOD = {
     "turned.jpg": encoded(kind="JPEG", exif=turned()),
     "palette.gif": encoded(PICTURE.convert("P"), "GIF"),
     "glass.png": encoded(PICTURE.convert("RGBA")),
+    "haze.png": encoded(Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (32, 24), 51)])),
+    "bits.png": encoded(Image.fromarray(GREY > 127)),
+    "light.tif": grey_tiff((GREY / 255).astype("<f4")),
+    "scan.tif": grey_tiff(GREY.astype("<u2") * 257),
     "mislabelled.png": encoded(kind="JPEG"),
     "new.webp": encoded(kind="WEBP"),
     "camera.mpo": encoded(kind="MPO", save_all=True, append_images=FRAMES[:1]),
@@ -83,6 +99,13 @@ BAD = {
     "empty.jpg": (b"", "no_image"),
     "cut.png": (encoded()[:-500], "broken"),
     "cut.jpg": (encoded(kind="JPEG")[:300], "broken"),
+    "levels.tif": (grey_tiff(GREY.astype("<f4")), "grey"),
+    "dark.tif": (grey_tiff((GREY / 255 - 0.5).astype("<f4")), "grey"),
+    "hole.tif": (grey_tiff(np.where(GREY > 9, GREY / 255, np.nan).astype("<f4")), "grey"),
+    "whole.tif": (grey_tiff(GREY.astype("<i4")), "grey"),
+    "long.tif": (grey_tiff(GREY.astype("<u4") * 2**24), "grey"),
+    "signed.tif": (grey_tiff(GREY.astype("<i2")), "grey"),
+    "double.tif": (grey_tiff(GREY / 255), "no_image"),
     "moving.gif": (encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), "animated"),
     "moving.webp": (encoded(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), "animated"),
     "moving.png": (encoded(FRAMES[0], "PNG", save_all=True, append_images=FRAMES[1:]), "animated"),
@@ -183,12 +206,29 @@ def test_odd_modes_show_the_right_picture():
     def pixels(name):
         return np.asarray(decode_image({"bytes": GOOD[name]})).astype(int)
 
-    assert np.array_equal(pixels("deep.png")[..., 0], PIXELS[..., 0])
+    for name in ("deep.png", "scan.tif", "light.tif"):
+        assert np.array_equal(pixels(name), np.stack([GREY] * 3, -1)), name
+    assert np.array_equal(pixels("bits.png")[..., 0], np.where(GREY > 127, 255, 0))
+    assert np.abs(pixels("haze.png")[..., 0] - (0.2 * GREY + 0.8 * 255)).max() <= 1
     smooth = Image.fromarray(np.linspace(0, 255, 24 * 32).reshape(24, 32).astype(np.uint8)).convert("RGB")
     printed = decode_image({"bytes": encoded(smooth.convert("CMYK"), "JPEG", quality=95)})
     assert np.abs(np.asarray(printed).astype(int) - np.asarray(smooth)).mean() < 8
     assert examine(GOOD["turned.jpg"], config(Path("x"))) == (24, 32)
     assert np.array_equal(pixels("turned.jpg"), np.rot90(pixels("photo.jpg"), -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("levels.tif", r"^grey: .*values from 0 to 255; 0 to 1 is wanted$"),
+        ("hole.tif", r"^grey: .*NaN or infinite pixels$"),
+        ("whole.tif", r"^grey: signed or 32-bit whole numbers; save it with 8 or 16 unsigned bits$"),
+        ("double.tif", r"^no_image: none of JPEG, .*TIFF.* as Pillow reads them; the file begins with b'II"),
+    ],
+)
+def test_a_picture_without_a_white_is_not_called_broken(name, said):
+    with pytest.raises(Quarantined, match=said):
+        examine(BAD[name][0], config(Path("x")))
 
 
 def test_a_bomb_costs_no_memory(monkeypatch):
@@ -475,21 +515,21 @@ def test_a_missing_or_empty_source_names_the_key(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("limit", "passes"), [(0.5, False), (0.9, True), (17, False), (18, True), (0, False)]
+    ("limit", "passes"), [(0.5, False), (0.9, True), (24, False), (25, True), (0, False)]
 )
 def test_a_rotten_source_is_an_error_with_its_counts(limit, passes, folder, tmp_path):
     _, aside = ingest(config(folder), tmp_path)
     shards = sorted(tmp_path.glob("bad-*.parquet"))
     arguments = QuarantineConfig(limit), tmp_path / "index.parquet", shards, tmp_path / "q.csv"
-    assert len(aside) == 18
+    assert len(aside) == 25
     if passes:
         quarantine.run(*arguments)
         lines = (tmp_path / "q.csv").read_text().splitlines()
-        assert lines[0] == "id,reason,detail" and len(lines) == 19
+        assert lines[0] == "id,reason,detail" and len(lines) == 26
     else:
         with pytest.raises(
             DataError,
-            match=r"18 of 29 photos .*'no_image': 2, 'format': 1, 'broken': 2, 'animated': 4.*raise",
+            match=r"25 of 40 photos .*'no_image': 3, 'format': 1, 'broken': 2, 'grey': 6, .*raise",
         ):
             quarantine.run(*arguments)
         assert not (tmp_path / "q.csv").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from moa.data.errors import BrokenImage, DataError
+from moa.data.errors import BrokenImage, DataError, UnknownWhite
 from moa.data.records import REJECTED, Row, decode_image, read_rows, read_table
 from moa.data.sources.config import PhotosConfig, QuarantineConfig
 from moa.data.sources.lock import INDEX
@@ -43,7 +43,8 @@ def _opened(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Quarantined("large_photo", str(error)) from error
     except UnidentifiedImageError as error:
-        raise Quarantined("no_image", f"{len(data)} bytes that begin with {data[:16]!r}") from error
+        read = f"{', '.join(FORMATS)} as Pillow reads them"
+        raise Quarantined("no_image", f"none of {read}; the file begins with {data[:16]!r}") from error
     except Exception as error:  # a damaged header makes Pillow raise anything
         raise Quarantined("broken", f"{type(error).__name__}: {error}") from error
 
@@ -60,9 +61,13 @@ def examine(data: bytes, config: PhotosConfig) -> tuple[int, int]:
         raise Quarantined("large_photo", f"{width} × {height} pixels, max_pixels is {config.max_pixels}")
     if min(width, height) < config.min_side:
         raise Quarantined("small_photo", f"{width} × {height} pixels, min_side is {config.min_side}")
+    if picture.mode == "I":
+        raise Quarantined("grey", "signed or 32-bit whole numbers; save it with 8 or 16 unsigned bits")
     try:
         several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # previews
         size = decode_image({"bytes": data}).size
+    except UnknownWhite as error:
+        raise Quarantined("grey", str(error)) from error
     except BrokenImage as error:
         raise Quarantined("broken", str(error)) from error
     except Exception as error:  # from damaged bytes Pillow raises anything, and would do so in later stages

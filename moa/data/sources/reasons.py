@@ -4,6 +4,7 @@ QUARANTINED = {
     "no_image": "the bytes are no picture of a known format, whatever the name says",
     "format": "a picture by its name, in a format that is not decoded",
     "broken": "the picture is cut short or damaged: it cannot be decoded to its last row",
+    "grey": "grey values that do not say what is white: signed, of 32 bits, or floats not from 0 to 1",
     "animated": "more than one picture in the file",
     "small_photo": "a side below `min_side`",
     "large_photo": "more pixels than `max_pixels`, or bytes than `max_bytes`; a decompression bomb",
