@@ -345,6 +345,53 @@ def test_two_files_with_one_id_leave_one(tmp_path):
     assert aside["a"]["reason"] == "same_id" and "a.png has the id of a.jpg" in aside["a"]["detail"]
 
 
+def test_a_held_out_photo_is_not_trained_on_under_another_id(tmp_path):
+    """With equal bytes in both splits a training sees what it is judged by; in one split they do no harm."""
+    top = tmp_path / "photos"
+    top.mkdir()
+    train = [name for name in "abcdefghijkl" if split_of(name, 0.3) == "train"]
+    held = [name for name in "abcdefghijkl" if split_of(name, 0.3) == "validation"]
+    for name in (train[0], train[1], held[0]):
+        (top / f"{name}.png").write_bytes(GOOD["plain.png"])
+    for name in (train[2], train[3]):
+        (top / f"{name}.png").write_bytes(GOOD["deep.png"])
+    for name in (train[4], held[1]):
+        (top / f"{name}.jpg").write_bytes(BAD["page.jpg"][0])
+    kept, aside = ingest(config(top), tmp_path)
+    assert set(kept) == {held[0], train[2], train[3]}
+    assert {name: row["reason"] for name, row in aside.items()} == {
+        train[0]: "both_splits", train[1]: "both_splits", train[4]: "no_image", held[1]: "no_image",
+    }  # fmt: skip
+    said = f"{train[0]}.png has the bytes of {held[0]}.png, which is held out"
+    assert aside[train[0]]["detail"] == said
+
+
+def test_a_shard_older_than_a_held_out_copy_of_its_photo_is_an_error(tmp_path):
+    """A changed file redoes its own shard alone, and the copy that leaks lies in another."""
+    top = tmp_path / "photos"
+    top.mkdir()
+    held = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "validation")
+    train = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "train")
+    (top / f"{train}.png").write_bytes(GOOD["plain.png"])
+    (top / f"{held}.png").write_bytes(GOOD["deep.png"])
+
+    def check() -> None:
+        shards = sorted(tmp_path.glob("bad-*.parquet"))
+        quarantine.run(QuarantineConfig(1.0), tmp_path / "index.parquet", shards, tmp_path / "q.csv")
+
+    ingest(config(top), tmp_path)
+    check()
+    for data in (GOOD["plain.png"], GOOD["deep.png"]):
+        (top / f"{held}.png").write_bytes(data)
+        lock.run(config(top), tmp_path / "index.parquet", accept=True)
+        with pytest.raises(
+            DataError, match=rf"^1 photos \({train}\.png\) have become, or no longer are, .*touch"
+        ):
+            check()
+        shards_of(config(top), tmp_path)
+        check()
+
+
 def test_a_name_that_is_put_aside_takes_no_id(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").symlink_to(tmp_path / "away.jpg")

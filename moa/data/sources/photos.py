@@ -49,7 +49,7 @@ def reader(config: PhotosConfig, rows: list[Row]) -> Callable[[Row], bytes]:
 
 def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row:
     """The raw row of a photo. Raises Quarantined, or DataError if its bytes are not those of the index."""
-    if row["reason"]:
+    if row["reason"] and row["reason"] != "both_splits":
         raise Quarantined(row["reason"], row["detail"])
     if row["size"] > config.max_bytes:
         raise Quarantined("large_photo", f"{row['size']} bytes, max_bytes is {config.max_bytes}")
@@ -65,6 +65,8 @@ def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row
             read_annotation(Path(config.path), row["id"], (height, width))
         except DataError as error:
             raise Quarantined("annotation", str(error)) from error
+    if row["reason"]:  # last: pages that say 404 are all alike, and no photos
+        raise Quarantined(row["reason"], row["detail"])
     return {
         "id": row["id"],
         "image": {"bytes": data, "path": Path(row["name"]).name if row["file"] else None},

@@ -98,6 +98,24 @@ def check(rows: Sequence[Row], photos: int, config: QuarantineConfig) -> None:
         )
 
 
+def check_splits(rows: Sequence[Row], index: Sequence[Row]) -> None:
+    """Raise DataError unless the shards put aside those photos that the index says are in both splits.
+
+    A photo becomes one, or ceases to be, by a change of the held-out photo, and its own shard is then not
+    made again.
+    """
+    both = {row["id"]: row["name"] for row in index if row["reason"] == "both_splits"}
+    aside = {row["id"] for row in rows}
+    old = {row["id"] for row in rows if row["reason"] == "both_splits"}
+    names = {row["id"]: row["name"] for row in index}
+    wrong = sorted(names.get(photo, photo) for photo in (both.keys() - aside) | (old - both.keys()))
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} photos ({', '.join(wrong[:3])}) have become, or no longer are, copies of held-out "
+            "ones since their shards were made; `touch` these files and run the same command again"
+        )
+
+
 def _text(rows: Sequence[Mapping[str, str]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, REJECTED.names, lineterminator="\n")
@@ -109,8 +127,11 @@ def _text(rows: Sequence[Mapping[str, str]]) -> str:
 def run(config: QuarantineConfig, index: Path, quarantined: Sequence[Path], output: Path) -> None:
     """List the photos of all shards that were put aside: CSV with id, reason, detail.
 
-    Raises DataError beyond `max_quarantined`; the shards' own tables are there to be looked at.
+    Raises DataError beyond `max_quarantined`, and for shards older than a held-out copy of their photos; the
+    shards' own tables are there to be looked at.
     """
     rows = sorted(read_rows(list(quarantined), REJECTED), key=lambda row: (row["reason"], row["id"]))
-    check(rows, len(read_table(index, INDEX)), config)
+    photos = read_table(index, INDEX).select(["id", "name", "reason"]).to_pylist()
+    check_splits(rows, photos)
+    check(rows, len(photos), config)
     write_atomically(output, lambda path: path.write_text(_text(rows), "utf-8"))

@@ -12,6 +12,7 @@ QUARANTINED = {
     "unreadable": "no regular file, or the machine refuses to read it",
     "name": "a name with control characters, or that is no UTF-8",
     "same_id": "another photo has the same id",
+    "both_splits": "for training, but a held-out photo has the same bytes",
     "missing": "listed by the archive, but its image, annotation or mask is not there",
     "unlisted": "the archive names it neither for training nor for testing",
     "annotation": "the archive's annotation or mask does not fit the photo",
