@@ -217,6 +217,14 @@ def test_odd_modes_show_the_right_picture():
     assert np.array_equal(pixels("turned.jpg"), np.rot90(pixels("photo.jpg"), -1))
 
 
+def test_a_jpeg_damaged_inside_passes_as_the_page_says():
+    """Pillow does not tell; should it one day, docs/data.md must say so."""
+    data = bytearray(encoded(Image.fromarray(np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))), "JPEG"))
+    middle = len(data) // 2
+    data[middle : middle + 500] = bytes(500)
+    assert examine(bytes(data), config(Path("x"))) == (256, 192)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
