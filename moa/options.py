@@ -17,7 +17,7 @@ from typing import Any
 
 # option: help, in every stage that has neither its own below nor a docstring that says it
 COMMON = {
-    "split": "which part of the data: train, validation or test.",
+    "split": "which part of the photos.",
     "shard": "number of the shard, from 0.",
     "shards": "how many shards there are.",
     "raw": "parquet file with the photos of a shard.",

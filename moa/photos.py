@@ -93,10 +93,10 @@ def scaled(array: np.ndarray, top: float) -> Image.Image:
     """Values from 0 to `top` as an 8-bit image; ValueError if there are others."""
     values = array.astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("a subject's image has NaN or infinite pixels")
+        raise ValueError("the image has NaN or infinite pixels")
     low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
     if low < 0 or high > top:
-        raise ValueError(f"a subject's image has values from {low:g} to {high:g}; 0 to {top:g} is wanted")
+        raise ValueError(f"the image has values from {low:g} to {high:g}; 0 to {top:g} is wanted")
     return Image.fromarray(np.round(values * (255 / top)).astype(np.uint8))
 
 

@@ -363,7 +363,7 @@ def check_rejected(
 
 def run(
     config: AlignConfig,
-    split: str,
+    split: Literal["train", "validation"],
     raw: str | Path,
     captions: str | Path,
     segments: str | Path,

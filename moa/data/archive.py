@@ -17,7 +17,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -93,7 +93,14 @@ def people(row: Row, tokenizer: Any, config: AlignConfig) -> Row:
     return row | {"segments": persons, "mask": encode_mask(kept)}
 
 
-def run(config: AlignConfig, split: str, raw: Path, root: Path, records: Path, rejected: Path) -> None:
+def run(
+    config: AlignConfig,
+    split: Literal["train", "validation"],
+    raw: Path,
+    root: Path,
+    records: Path,
+    rejected: Path,
+) -> None:
     """Turn a raw shard of an archive's photos into records with the archive's captions and masks.
 
     Raises DataError for a bad shard, an annotation that changed since the shard was made, and if more than

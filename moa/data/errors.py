@@ -24,6 +24,10 @@ class BrokenImage(DataError):
     """Image bytes that cannot be used; the row is put aside with the message, and the run goes on."""
 
 
+class UnknownWhite(BrokenImage):
+    """Grey values of more than 16 bits, or out of range: the file does not say which of them is white."""
+
+
 class Rejected(Exception):
     """Why a photo becomes no record: one of `REASONS`, and the particulars."""
 

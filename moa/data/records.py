@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from moa.data.errors import BrokenImage, DataError
+from moa.data.errors import BrokenImage, DataError, UnknownWhite
 from moa.files import write_atomically
 from moa.photos import convert
 
@@ -237,7 +237,8 @@ def encode_image(image: Image.Image | NDArray[np.uint8], path: str | None = None
 def decode_image(value: Mapping[str, Any]) -> Image.Image:
     """The RGB picture of an image column's value, upright, made 8-bit RGB by `moa.photos.convert`.
 
-    Raises BrokenImage if there are no bytes, or bytes that cannot be decoded to the last row.
+    Raises BrokenImage if there are no bytes, or bytes that cannot be decoded to the last row; of these
+    UnknownWhite for grey values out of range.
     """
     data = value["bytes"]
     if not data:
@@ -245,9 +246,12 @@ def decode_image(value: Mapping[str, Any]) -> Image.Image:
     try:
         picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
         picture.load()
-        return convert(picture)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"image cannot be decoded: {error}") from error
+    try:
+        return convert(picture)
+    except ValueError as error:
+        raise UnknownWhite(f"image cannot be shown: {error}") from error
 
 
 def encode_mask(ids: NDArray[Any]) -> bytes:

@@ -21,6 +21,7 @@ from moa.data.sources import listing
 from moa.data.sources.celeba import SubjectsConfig, stamp
 from moa.data.subjects import read_subjects
 from moa.evaluation.protocol import load, requests
+from tests.data import hub_cache
 
 PAPER = Path("config/protocol/paper.yaml")
 WORDS = load(PAPER).split("test").words
@@ -225,6 +226,32 @@ def test_a_data_set_is_read_by_its_identities(tmp_path):
     ]
     with pytest.raises(DataError, match=r"data.subjects.test.files: '2' is no photo of identity 1"):
         made(settings(tmp_path / "celeba", source="dataset", files={MEN[0]: "2"}), tmp_path / "test.parquet")
+
+
+def test_a_data_set_of_the_hub_is_read_at_its_commit_offline(tmp_path, monkeypatch):
+    hub_cache.offline(tmp_path / ".cache", monkeypatch)
+    commits = ["a" * 40, "b" * 40]
+    features = datasets.Features({"image": datasets.Image(), "celeb_id": datasets.Value("int64")})
+    people = [int(subject[:6]) for subject in WORDS]
+    for number, commit in enumerate(commits):
+        rows = {"image": [encode_image(photo(100 * number + n)) for n in range(15)], "celeb_id": people}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+        hub_cache.add_commit(
+            tmp_path / ".cache",
+            "someone/celeba",
+            commit,
+            {"train.parquet": (tmp_path / "train.parquet").read_bytes()},
+        )
+    for number, commit in enumerate(commits):
+        lock = tmp_path / f"{commit}.sha256"
+        config = settings(tmp_path, path="someone/celeba", source="dataset", revision=commit, lock=lock)
+        rows = made(config, tmp_path / "test.parquet")
+        shown = [row["image"]["bytes"] for row in rows.values()]
+        assert shown == [encode_image(photo(100 * number + n))["bytes"] for n in range(15)]
+    other = replace(config, revision="c" * 40, lock=tmp_path / "none.sha256")
+    with pytest.raises(DataError, match=r"data\.subjects\.test: commit c+ of .*go online once"):
+        made(other, tmp_path / "test.parquet")
+    assert not other.lock.exists()
 
 
 # --- Validation subjects ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,14 @@ def test_errors_are_one_line_with_the_key(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: unknown key render.sise")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stage", ["photos", "align", "archive-records"])
+def test_a_mistyped_split_is_refused(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No photo is in it: the shard would be empty, or its records in a split that nothing reads."""
+    with pytest.raises(SystemExit):
+        command_line.run([stage, "--split", "trian"])
+    assert re.search(r"--split: invalid choice: 'trian' .*train.*validation", capsys.readouterr().err)
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, stage: Callable[[], object]) -> int:

@@ -25,7 +25,7 @@ class PhotosConfig:
     held_out: float = 1 / 70  # share held out for validation [FastComposer: 1,000 of 70,000]
     min_side: int = 16  # pixels; smaller photos are put aside
     max_pixels: int = 50_000_000  # larger photos are put aside before they are decoded
-    max_bytes: int = 100_000_000  # larger files are put aside unread
+    max_bytes: int = 100_000_000  # larger files are hashed, but put aside before they are decoded
     revision: str | None = None  # of a data set on the hub; a commit pins it
     dataset_split: str = "train"  # which split of the data set is read; ours is drawn anew
     image_column: str = "image"

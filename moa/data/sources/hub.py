@@ -54,17 +54,63 @@ def _ask(config: PhotosConfig, revision: str) -> str:
         ) from error
 
 
-def load(config: PhotosConfig, revision: str) -> Any:
-    """The data set's split: images, as bytes or paths, and ids. Raises DataError naming the key."""
+def _snapshot(config: PhotosConfig, revision: str) -> Path:
+    """The folder of a commit in the hub's cache, whole; what is missing there is fetched.
+
+    Raises DataError naming the key, if that cannot be had or told, and for a data set that a script loads.
+    """
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+
+    try:
+        folder = Path(snapshot_download(config.path, repo_type="dataset", revision=revision))
+        # Offline, nobody could say without this list whether a file is missing from the folder.
+        get_cached_repo_tree(config.path, repo_type="dataset", revision=revision)
+    except Exception as error:  # offline, unknown, gated, a full disk: each raises its own
+        raise DataError(
+            f"{config.key}: commit {revision} of the data set {config.path!r} is not in the hub's cache as a "
+            f"whole and cannot be fetched ({type(error).__name__}: {error}); go online once, or correct path "
+            "or revision"
+        ) from error
+    if folder.name != revision:
+        raise DataError(
+            f"{config.key}: {revision!r} is no commit of {config.path!r} (it led to {folder}); take the lock "
+            f"{config.lock} from your backup"
+        )
+    script = folder / f"{config.path.rpartition('/')[2]}.py"
+    if script.is_file():
+        raise DataError(
+            f"{config.key}: {config.path!r} has a loading script, {script.name}, and `datasets` runs none; "
+            "give a revision without one, such as refs/convert/parquet where the hub keeps that, or a folder"
+        )
+    return folder
+
+
+def _split(folder: Path, split: str) -> Any:
+    """A split of the data set in a folder, whatever wrote it there."""
     import datasets
 
-    folder = Path(config.path)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(folder))
+        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+    return datasets.load_dataset(os.path.abspath(folder), split=split)  # `csv` alone would be no folder
+
+
+def load(config: PhotosConfig, revision: str) -> Any:
+    """The data set's split: images, as bytes or paths, and ids.
+
+    It is always read from a folder, for `datasets` answers the name of one on the hub with any commit in its
+    cache where the hub is out of reach. Raises DataError naming the key.
+
+    Args:
+        revision: the commit of one on the hub, 40 hexadecimal digits; "" of a folder.
+    """
+    import datasets
+
+    folder = _snapshot(config, revision) if revision else Path(config.path)
+    if not folder.is_dir():
+        raise DataError(f"{config.key}.path: there is no folder {folder}; put it back or correct it")
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(config.path)
-            loaded = loaded[config.dataset_split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            loaded = datasets.load_dataset(config.path, split=config.dataset_split, revision=revision or None)
+        loaded = _split(folder, config.dataset_split)
     except Exception as error:  # the library raises anything
         raise DataError(
             f"{config.key}: {config.path!r}, split {config.dataset_split!r}, cannot be loaded "

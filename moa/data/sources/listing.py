@@ -20,6 +20,12 @@ from moa.data.sources.config import PhotosConfig
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".mpo"}
 )
+# Photos of phones and cameras that are not decoded. Pillow opens some raw ones as TIFF, at the small preview.
+UNDECODED = frozenset(
+    {".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".jxl", ".jxr", ".psd", ".3fr", ".arw", ".cr2"}
+    | {".cr3", ".dng", ".erf", ".iiq", ".kdc", ".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"}
+    | {".srw", ".x3f"}
+)
 COMPANIONS = (".json", ".npy")  # beside a photo of FastComposer's archive
 
 
@@ -75,9 +81,13 @@ def escaped(name: str) -> str:
     return ascii(name)[1:-1]  # without its quotes
 
 
+def _shown(name: str) -> str:
+    return name if printable(name) else escaped(name)
+
+
 def _target(name: str, target: str) -> str:
     """What is said of a link."""
-    return f"{name} → {target if printable(target) else escaped(target)}"
+    return f"{name} → {_shown(target)}"
 
 
 def _file(entry: os.DirEntry[str], name: str, root: str) -> Found:
@@ -99,8 +109,8 @@ def _file(entry: os.DirEntry[str], name: str, root: str) -> Found:
 def files(root: Path, suffixes: Iterable[str] = ()) -> Iterator[Found]:
     """Files below `root` whose names end like `suffixes` (without any: all), but hidden ones.
 
-    Links to folders are not followed; one that leads out of `root` is reported. Raises DataError for a folder
-    that cannot be read, whose photos would be lost uncounted.
+    Links to folders are not followed. Raises DataError where photos would be lost uncounted: for a folder
+    that cannot be read and, with `suffixes`, for a link to one that is not looked at where it lies.
     """
     top, wanted = os.path.realpath(root), frozenset(suffixes)
     todo = [top]
@@ -118,6 +128,8 @@ def files(root: Path, suffixes: Iterable[str] = ()) -> Iterator[Found]:
             name = Path(entry.path).relative_to(top).as_posix()
             if entry.is_dir(follow_symlinks=False):
                 todo.append(entry.path)
+            elif wanted and entry.is_symlink() and _to_folder(entry.path, top):
+                raise _not_followed(entry.path, "folder")
             elif os.path.isdir(entry.path):
                 found = _file(entry, name, top)
                 if found.reason == "link":
@@ -126,10 +138,33 @@ def files(root: Path, suffixes: Iterable[str] = ()) -> Iterator[Found]:
                 yield _file(entry, name, top)
 
 
+def _to_folder(link: str, root: str) -> bool:
+    """Whether a link leads to a folder that is not looked at where it lies; or may, if it leads nowhere."""
+    if not os.path.exists(link):
+        return not PurePosixPath(link).suffix
+    inside = Path(os.path.relpath(os.path.realpath(link), root))  # "..", too, begins with a dot
+    return os.path.isdir(link) and any(part.startswith(".") for part in inside.parts)
+
+
+def _not_followed(link: str, what: str) -> DataError:
+    return DataError(
+        f"{_shown(link)} is a link to {_shown(os.readlink(link))}, and what lies there could not be counted: "
+        f"give that {what} as data.photos.path, move or copy it to where the link is, or take the link away"
+    )
+
+
+def _decodable(found: Found, ending: str) -> Found:
+    """The photo, with a reason if its name's ending says that it cannot be decoded."""
+    if found.reason or ending.lower() not in UNDECODED:
+        return found
+    return replace(found, reason="format", detail=f"{found.name}: {ending} is not decoded; save it as PNG")
+
+
 def _folder(config: PhotosConfig) -> Iterator[Found]:
-    for found in files(Path(config.path), SUFFIXES):
+    for found in files(Path(config.path), SUFFIXES | UNDECODED):
         path = PurePosixPath(found.id)
-        yield replace(found, id=path.stem if config.ids == "name" else path.with_suffix("").as_posix())
+        named = replace(found, id=path.stem if config.ids == "name" else path.with_suffix("").as_posix())
+        yield _decodable(named, path.suffix)
 
 
 # --- Tars -------------------------------------------------------------------------------------------------
@@ -141,7 +176,19 @@ def _tars(config: PhotosConfig) -> Iterator[Found]:
     if not tars:
         raise DataError(f"data.photos.path: no .tar below {config.path}; unpack .tar.gz, or correct it")
     for tar in tars:
-        yield from [tar] if tar.reason else _members(config, tar)
+        if tar.reason:
+            raise _unopened(config, tar)
+        yield from _members(config, tar)
+
+
+def _unopened(config: PhotosConfig, tar: Found) -> DataError:
+    """What is said of a tar that is put aside: nobody knows how many photos go with it."""
+    if tar.reason == "link":
+        return _not_followed(os.path.join(config.path, tar.name), "tar's folder")
+    return DataError(
+        f"data.photos.path: a tar below {config.path} cannot be opened ({tar.detail}); mend its name or "
+        "rights, or take it away: what is in it cannot be counted"
+    )
 
 
 def _members(config: PhotosConfig, tar: Found) -> Iterable[Found]:
@@ -153,14 +200,16 @@ def _members(config: PhotosConfig, tar: Found) -> Iterable[Found]:
             for member in members:
                 folder, _, base = member.name.rpartition("/")
                 key, dot, ending = base.partition(".")
-                if base.startswith(".") or member.isdir() or (dot + ending).lower() not in SUFFIXES:
+                if base.startswith(".") or member.isdir():
+                    continue
+                if (dot + ending).lower() not in SUFFIXES | UNDECODED:
                     continue
                 name = f"{tar.file}/{member.name}"
                 whole = "/".join(filter(None, [tar.file.removesuffix(".tar"), folder, key]))
                 found = Found(
                     whole if config.ids == "path" else key, name, tar.file, member.offset_data, member.size
                 )
-                last[member.name] = _checked_member(found, member)
+                last[member.name] = _decodable(_checked_member(found, member), dot + ending)
             _check_end(path, members.offset)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(

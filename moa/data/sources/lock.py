@@ -11,7 +11,7 @@ control; the workflow never deletes it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def hash_range(path: Path, offset: int, size: int) -> str:
 
 def _hash_files(config: PhotosConfig, found: Found) -> tuple[Found, dict[str, str]]:
     """A photo with the hashes of its files by name; with a reason if they cannot be read."""
-    if found.reason in ("link", "unreadable", "name", "missing"):
+    if found.reason in ("link", "unreadable", "name", "missing", "format"):
         return found, {}
     root = Path(config.path)
     try:
@@ -115,11 +115,29 @@ def _rows(config: PhotosConfig, revision: str) -> Iterator[tuple[Found, dict[str
             )
 
 
+def split(found: Found, config: PhotosConfig) -> str:
+    """The split of a photo: the source's, else that of its id."""
+    return found.split or split_of(found.id, config.held_out)
+
+
+def without_held_out(
+    found: Iterable[Found], hashes: Mapping[str, str], config: PhotosConfig
+) -> Iterator[Found]:
+    """The photos, with a reason for those of training whose bytes are those of a held-out one, too."""
+    listed = list(found)
+    splits = {photo.name: split(photo, config) for photo in listed if not photo.reason}
+    held_out = {hashes[name]: name for name, where in splits.items() if where == "validation"}
+    for photo in listed:
+        other = held_out.get(hashes.get(photo.name, "")) if splits.get(photo.name) == "train" else None
+        detail = f"{photo.name} has the bytes of {other}, which is held out"
+        yield replace(photo, reason="both_splits", detail=detail) if other and not photo.reason else photo
+
+
 def hashed(config: PhotosConfig, revision: str) -> tuple[list[Found], dict[str, str]]:
     """All photos of a source, and the SHA-256 of their files by name. Raises DataError."""
     pairs = list(_rows(config, revision) if config.source == "dataset" else _files(config))
     hashes = {name: digest for _, part in pairs for name, digest in part.items()}
-    return unique(found for found, _ in pairs), hashes
+    return list(without_held_out(unique(found for found, _ in pairs), hashes, config)), hashes
 
 
 # --- The lock ---------------------------------------------------------------------------------------------
@@ -176,7 +194,7 @@ def index_row(found: Found, hashes: Mapping[str, str], revision: str, config: Ph
         "offset": found.offset,
         "size": found.size,
         "sha256": hashes.get(found.name),
-        "split": found.split or split_of(found.id, config.held_out),
+        "split": split(found, config),
         "revision": revision or None,
         "reason": found.reason or None,
         "detail": found.detail or None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.compute as pc
 from tqdm import tqdm
@@ -48,7 +49,7 @@ def reader(config: PhotosConfig, rows: list[Row]) -> Callable[[Row], bytes]:
 
 def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row:
     """The raw row of a photo. Raises Quarantined, or DataError if its bytes are not those of the index."""
-    if row["reason"]:
+    if row["reason"] and row["reason"] != "both_splits":
         raise Quarantined(row["reason"], row["detail"])
     if row["size"] > config.max_bytes:
         raise Quarantined("large_photo", f"{row['size']} bytes, max_bytes is {config.max_bytes}")
@@ -64,6 +65,8 @@ def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row
             read_annotation(Path(config.path), row["id"], (height, width))
         except DataError as error:
             raise Quarantined("annotation", str(error)) from error
+    if row["reason"]:  # last: pages that say 404 are all alike, and no photos
+        raise Quarantined(row["reason"], row["detail"])
     return {
         "id": row["id"],
         "image": {"bytes": data, "path": Path(row["name"]).name if row["file"] else None},
@@ -75,7 +78,13 @@ def raw_row(row: Row, read: Callable[[Row], bytes], config: PhotosConfig) -> Row
 
 
 def run(
-    config: PhotosConfig, split: str, shard: int, shards: int, index: Path, raw: Path, quarantined: Path
+    config: PhotosConfig,
+    split: Literal["train", "validation"],
+    shard: int,
+    shards: int,
+    index: Path,
+    raw: Path,
+    quarantined: Path,
 ) -> None:
     """Write one shard, numbered from 0, of the photos of an index.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from moa.data.errors import BrokenImage, DataError
+from moa.data.errors import BrokenImage, DataError, UnknownWhite
 from moa.data.records import REJECTED, Row, decode_image, read_rows, read_table
 from moa.data.sources.config import PhotosConfig, QuarantineConfig
 from moa.data.sources.lock import INDEX
@@ -43,7 +43,8 @@ def _opened(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Quarantined("large_photo", str(error)) from error
     except UnidentifiedImageError as error:
-        raise Quarantined("no_image", f"{len(data)} bytes that begin with {data[:16]!r}") from error
+        read = f"{', '.join(FORMATS)} as Pillow reads them"
+        raise Quarantined("no_image", f"none of {read}; the file begins with {data[:16]!r}") from error
     except Exception as error:  # a damaged header makes Pillow raise anything
         raise Quarantined("broken", f"{type(error).__name__}: {error}") from error
 
@@ -60,9 +61,13 @@ def examine(data: bytes, config: PhotosConfig) -> tuple[int, int]:
         raise Quarantined("large_photo", f"{width} × {height} pixels, max_pixels is {config.max_pixels}")
     if min(width, height) < config.min_side:
         raise Quarantined("small_photo", f"{width} × {height} pixels, min_side is {config.min_side}")
+    if picture.mode == "I":
+        raise Quarantined("grey", "signed or 32-bit whole numbers; save it with 8 or 16 unsigned bits")
     try:
         several = picture.format != "MPO" and getattr(picture, "is_animated", False)  # previews
         size = decode_image({"bytes": data}).size
+    except UnknownWhite as error:
+        raise Quarantined("grey", str(error)) from error
     except BrokenImage as error:
         raise Quarantined("broken", str(error)) from error
     except Exception as error:  # from damaged bytes Pillow raises anything, and would do so in later stages
@@ -93,6 +98,24 @@ def check(rows: Sequence[Row], photos: int, config: QuarantineConfig) -> None:
         )
 
 
+def check_splits(rows: Sequence[Row], index: Sequence[Row]) -> None:
+    """Raise DataError unless the shards put aside those photos that the index says are in both splits.
+
+    A photo becomes one, or ceases to be, by a change of the held-out photo, and its own shard is then not
+    made again.
+    """
+    both = {row["id"]: row["name"] for row in index if row["reason"] == "both_splits"}
+    aside = {row["id"] for row in rows}
+    old = {row["id"] for row in rows if row["reason"] == "both_splits"}
+    names = {row["id"]: row["name"] for row in index}
+    wrong = sorted(names.get(photo, photo) for photo in (both.keys() - aside) | (old - both.keys()))
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} photos ({', '.join(wrong[:3])}) have become, or no longer are, copies of held-out "
+            "ones since their shards were made; `touch` these files and run the same command again"
+        )
+
+
 def _text(rows: Sequence[Mapping[str, str]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, REJECTED.names, lineterminator="\n")
@@ -104,8 +127,11 @@ def _text(rows: Sequence[Mapping[str, str]]) -> str:
 def run(config: QuarantineConfig, index: Path, quarantined: Sequence[Path], output: Path) -> None:
     """List the photos of all shards that were put aside: CSV with id, reason, detail.
 
-    Raises DataError beyond `max_quarantined`; the shards' own tables are there to be looked at.
+    Raises DataError beyond `max_quarantined`, and for shards older than a held-out copy of their photos; the
+    shards' own tables are there to be looked at.
     """
     rows = sorted(read_rows(list(quarantined), REJECTED), key=lambda row: (row["reason"], row["id"]))
-    check(rows, len(read_table(index, INDEX)), config)
+    photos = read_table(index, INDEX).select(["id", "name", "reason"]).to_pylist()
+    check_splits(rows, photos)
+    check(rows, len(photos), config)
     write_atomically(output, lambda path: path.write_text(_text(rows), "utf-8"))
