@@ -76,8 +76,14 @@ OWN: dict[str, dict[str, str]] = {
     "archive-records": {
         "root": "folder of FastComposer's archive, unpacked.",
         "records": "parquet file of training records to write.",
+        "archived": "parquet file to write: the archive's own annotation and mask of every photo.",
     },
     "export-archive": {"output": "folder to write the archive to; one that is there already is an error."},
+    "restore-archive": {
+        "raw": "parquet files that the `photos` stage wrote.",
+        "archived": "parquet files of the `archive-records` stage, of the same photos.",
+        "output": "folder to write the archive to; one that is there already is an error.",
+    },
     "caption": {"output": "parquet file to write, one caption a photo."},
     "segment": {"output": "parquet file to write, the masks of each photo's people."},
     "align": {

@@ -117,6 +117,9 @@ STAGES: dict[str, Stage] = {
         {"tokenizer": "models.prior", "clip": "models.clip_judge"},
     ),
     "export-archive": Stage("moa.data.archive:export", "write records as FastComposer's archive"),
+    "restore-archive": Stage(
+        "moa.data.archive:restore", "write FastComposer's archive again, as it was taken in"
+    ),
     "caption": Stage(
         "moa.data.caption:run", "caption photos", "data.caption", {"model": "models.captioner"} | DEVICE
     ),

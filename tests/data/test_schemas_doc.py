@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moa.data import records
+from moa.data.archive import ARCHIVED
 from moa.data.errors import REASONS
 from moa.data.parser import PHRASES
 from moa.data.sources import lock
@@ -41,8 +42,9 @@ def test_the_index_and_the_reasons_for_quarantine_are_explained():
     )
 
 
-def test_phrases_are_explained():
+def test_phrases_and_archived_files_are_explained():
     assert documented("phrases") == PHRASES.names
+    assert documented("archived") == ARCHIVED.names
 
 
 def test_samples_are_explained():

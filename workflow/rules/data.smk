@@ -340,14 +340,18 @@ if CONFIG["source"] == "fastcomposer":
 
     ruleorder: archive_records > align
 
+    ARCHIVE = Path(CONFIG["data"]["photos"]["path"])
+
     rule archive_records:
         input:
             raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
             models=models("prior"),
             checked=CHECKED,
+            lists=sorted(map(str, ARCHIVE.glob("image_ids*.txt"))),
         output:
             records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
             rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+            archived=f"{OUT}/data/archived/{{split}}-{{shard}}.parquet",
         log:
             f"{OUT}/logs/archive_records/{{split}}-{{shard}}.log",
         benchmark:
@@ -360,13 +364,14 @@ if CONFIG["source"] == "fastcomposer":
         params:
             config=settings("archive-records"),
             code=code("archive-records"),
-            root=CONFIG["data"]["photos"]["path"],
+            root=str(ARCHIVE),
             files=stamp,
         message:
             "Reading the archive's captions and masks of {wildcards.split}-{wildcards.shard}"
         shell:
             "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
-            " --root {params.root:q} --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+            " --root {params.root:q} --records {output.records} --rejected {output.rejected}"
+            " --archived {output.archived} > {log} 2>&1"
 
 
 rule data_card:
