@@ -62,6 +62,9 @@ class AlignConfig:
         None  # sentence encoder that compares phrase and label; null: as strings
     )
     clip_text: Literal["phrase", "clause"] = "clause"  # judged against a segment: "a man", or all said of him
+    extra_segments: Literal["reject", "ignore"] = (
+        "reject"  # of a photo with more people than its caption names; ignore: CLIP finds the named ones
+    )
     plurals: Literal["expand", "reject"] = "expand"  # "two men" becomes "a man and a man", or is rejected
     min_area: float = 0.02  # least share of the photo that a person must cover; smaller ones are not counted
     max_subjects: int = 4  # [FastComposer]
@@ -70,6 +73,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if self.matcher == "clip" and self.clip is None:
             raise ValueError("matcher 'clip' needs the key `clip`: name a CLIP model, or use matcher 'label'")
+        if self.extra_segments == "ignore" and self.matcher != "clip":
+            raise ValueError("extra_segments 'ignore' needs matcher 'clip': order does not tell who is named")
         if self.max_subjects < 1:
             raise ValueError(f"max_subjects must be at least 1, not {self.max_subjects}")
         for name in ("min_area", "max_rejected"):
@@ -211,16 +216,20 @@ def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None
 
 
 def large_enough(segments: Sequence[Row], pixels: int, config: AlignConfig) -> list[Row]:
-    """The segments that count, from left to right. Raises Rejected if there are none or too many."""
+    """The segments that count, from left to right. Raises Rejected if there are none."""
     if not segments:
         raise Rejected("no_segment", "nobody found")
     large = [segment for segment in segments if segment["area"] >= config.min_area * pixels]
     if not large:
         areas = [segment["area"] for segment in segments]
         raise Rejected("too_small", f"areas {areas} of {pixels} pixels")
-    if len(large) > config.max_subjects:
-        raise Rejected("too_many", f"{len(large)} people, {config.max_subjects} at most")
     return sorted(large, key=lambda segment: (segment["bbox"][0] + segment["bbox"][2], segment["segment_id"]))
+
+
+def check_number(people: int, config: AlignConfig) -> None:
+    """Raise Rejected if these are more subjects than a record may hold."""
+    if people > config.max_subjects:
+        raise Rejected("too_many", f"{people} people, {config.max_subjects} at most")
 
 
 def check_visible(segments: Sequence[Row], ids: NDArray[Any]) -> None:
@@ -285,9 +294,10 @@ class Aligner:
         check_tokens(self.tokenizer, text, people)
         ids = decode_mask(found["mask"])
         segments = large_enough(found["segments"], ids.size, self.config)
-        if len(people) != len(segments):
+        extra = self.config.extra_segments == "ignore"
+        check_number(len(people) if extra else len(segments), self.config)
+        if len(people) > len(segments) or (len(people) < len(segments) and not extra):
             raise Rejected("count_mismatch", f"{len(people)} named, {len(segments)} found: {text!r}")
-        check_visible(segments, ids)
         try:
             photo = decode_image(raw["image"])
         except BrokenImage as error:
@@ -295,6 +305,7 @@ class Aligner:
         matched = match(
             photo, text, people, segments, self.scorer, self.config.clip_text == "clause", self.similarity
         )
+        check_visible(matched, ids)
         return self._record(split, raw, caption, found, text, people, matched, ids)
 
     @staticmethod

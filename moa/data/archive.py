@@ -28,7 +28,15 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from moa.data.align import AlignConfig, by_id, check_rejected, check_tokens, check_visible, large_enough
+from moa.data.align import (
+    AlignConfig,
+    by_id,
+    check_number,
+    check_rejected,
+    check_tokens,
+    check_visible,
+    large_enough,
+)
 from moa.data.annotators import load
 from moa.data.errors import DataError, Rejected
 from moa.data.phrases import Phrase
@@ -96,6 +104,7 @@ def people(row: Row, tokenizer: Any, config: AlignConfig) -> Row:
     found = [segment | {"area": int((ids == segment["segment_id"]).sum())} for segment in persons]
     if len(large_enough(found, ids.size, config)) < len(persons):
         raise Rejected("too_small", f"areas {[segment['area'] for segment in found]} of {ids.size} pixels")
+    check_number(len(persons), config)
     phrases = [Phrase(segment["word"], segment["start"], segment["end"]) for segment in persons]
     if len({phrase.end for phrase in phrases}) < len(phrases):
         raise Rejected("plural", f"two segments share a phrase in {row['caption']!r}")

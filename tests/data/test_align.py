@@ -238,6 +238,44 @@ def test_greedy_is_one_to_one_for_any_scores():
         assert any(chosen[i] == j for i, j in best), "the best pair must be taken"
 
 
+def extras(config, clip) -> AlignConfig:
+    return replace(config, matcher="clip", clip=clip, extra_segments="ignore", max_subjects=2)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_people_beside_the_named_ones_may_be_ignored(best, config, clip, tmp_path, monkeypatch):
+    """One man is named and three people are found: CLIP's favourite is he, the others leave the mask."""
+    paths = shard(tmp_path, [("a man", [(0, 8), (8, 14), (14, 20)])])
+
+    def favour(scorer, photo, texts, segments):
+        return np.array([[0.9 if i == best else 0.5 for i in range(3)] for _ in texts])
+
+    monkeypatch.setattr(ClipScorer, "__call__", favour)
+    align.run(extras(config, clip), "train", *paths)
+    (record,) = read_rows(paths[3], RECORD)
+    assert [s["segment_id"] for s in record["segments"]] == [best + 1]
+    assert set(np.unique(decode_mask(record["mask"]))) == {0, best + 1}
+
+
+@pytest.mark.parametrize(
+    ("caption", "columns", "width", "reason"),
+    [
+        ("a man", HALVES, 20, "kept"),
+        ("a man and a woman", [(0, 6), (7, 13), (14, 20)], 20, "kept"),
+        ("a man and a woman", [(2, 18)], 20, "count_mismatch"),
+        ("a man, a woman and a boy", [(0, 6), (7, 13), (14, 20)], 20, "too_many"),
+        ("a man", [(0, 9), (31, 40)], 40, "outside"),
+    ],
+)
+def test_ignoring_extra_people_excuses_nothing_else(config, clip, tmp_path, caption, columns, width, reason):
+    assert outcome(extras(config, clip), tmp_path, caption, columns, width=width) == reason
+
+
+def test_only_clip_tells_who_is_named(config):
+    with pytest.raises(ValueError, match="extra_segments 'ignore' needs matcher 'clip'"):
+        replace(config, extra_segments="ignore")
+
+
 def test_equal_scores_go_from_left_to_right():
     assert one_to_one(np.ones((3, 3))) == [0, 1, 2]
     assert order_equals([2, 0, 1], ["a man", "a man", "a woman"]) == [0, 2, 1]

@@ -297,6 +297,9 @@ def test_training_sees_persons_alone(root, tmp_path, tokenizer):
     assert set(np.unique(decode_mask(row["mask"]))) == {0, 1, 2}
     refused = {r["id"]: r["reason"] for r in read_rows(out[1], REJECTED)}
     assert refused == {"0000001": "plural", "0000002": "no_segment"}
+    few = AlignConfig(tokenizer, "", max_subjects=1, max_rejected=1.0)
+    archive.run(few, "train", tmp_path / "raw-train-0.parquet", root, *out)
+    assert read_rows(out[1], REJECTED)[0]["reason"] == "too_many"
 
 
 def test_no_damage_to_a_mask_stops_the_run(root):
