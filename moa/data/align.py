@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from moa.choose import greedy_pairs
 from moa.data import phrases
-from moa.data.annotators import load
+from moa.data.annotators import load, revision
 from moa.data.crops import middle_square
 from moa.data.errors import BrokenImage, DataError, Rejected
 from moa.data.parser import PHRASES, Finder, Kind, finder
@@ -41,6 +41,7 @@ from moa.data.records import (
     decode_mask,
     encode_mask,
     read_rows,
+    sha256,
     write_rows,
 )
 from moa.methods import ModelSource
@@ -123,6 +124,7 @@ class SentenceSimilarity:
 
     def __init__(self, source: ModelSource) -> None:
         self.model = load(AutoModel, source, "data.align.label_model", dtype=torch.float32).eval()
+        self.revision = revision(source, self.model)
         self.tokenizer = load(AutoTokenizer, source, "data.align.label_model")
 
     @torch.inference_mode()
@@ -149,6 +151,7 @@ class ClipScorer:
 
     def __init__(self, source: ModelSource) -> None:
         self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).eval()
+        self.revision = revision(source, self.model)
         self.processor = load(CLIPProcessor, source, "clip_judge")
 
     @torch.inference_mode()
@@ -198,13 +201,22 @@ def named_people(caption: str, plurals: str, find: Finder) -> tuple[str, list[Ph
     return text, people
 
 
-def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None:
-    """Raise Rejected if the text encoder would not see every person's word to its end.
-
-    Raises DataError if the tokenizer cannot say which characters a token covers.
-    """
+def load_tokenizer(config: AlignConfig) -> Any:
+    """The text encoder's tokenizer. Raises DataError if it cannot say which characters a token covers."""
+    tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
     if not tokenizer.is_fast:
         raise DataError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, to find words in tokens")
+    return tokenizer
+
+
+def tokenizer_revision(tokenizer: Any) -> str:
+    """A hash of what a fast tokenizer does; it has no weights, and its folder may hold a whole prior."""
+    text = f"{tokenizer.model_max_length}\n{tokenizer.backend_tokenizer.to_str()}"
+    return f"sha256:{sha256(text.encode())[:16]}"
+
+
+def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None:
+    """Raise Rejected if the text encoder would not see every person's word to its end."""
     encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
     if len(encoded["input_ids"]) > tokenizer.model_max_length:
         count = len(encoded["input_ids"])
@@ -252,18 +264,23 @@ class Aligner:
     find: Finder
     scorer: Scorer
     similarity: Similarity
+    models: Sequence[Row]  # role, model and revision of those that decide, as `PHRASES` has them
 
     @classmethod
     def load(cls, config: AlignConfig) -> Aligner:
         """Load tokenizer and, if asked for, parser, CLIP and sentence encoder. Raises DataError."""
-        tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
-        return cls(
-            config,
-            tokenizer,
-            finder(config.phrases, config.spacy),
-            ClipScorer(config.clip) if config.matcher == "clip" and config.clip else no_scores,
-            SentenceSimilarity(config.label_model) if config.label_model else same_strings,
-        )
+        tokenizer = load_tokenizer(config)
+        used = [("tokenizer", config.tokenizer.id, tokenizer_revision(tokenizer))]
+        scorer: Scorer = no_scores
+        if config.matcher == "clip" and config.clip:
+            scorer = ClipScorer(config.clip)
+            used.append(("clip", config.clip.id, scorer.revision))
+        similarity: Similarity = same_strings
+        if config.label_model:
+            similarity = SentenceSimilarity(config.label_model)
+            used.append(("label_model", config.label_model.id, similarity.revision))
+        models = [{"role": role, "model": name, "revision": which} for role, name, which in used]
+        return cls(config, tokenizer, finder(config.phrases, config.spacy), scorer, similarity, models)
 
     def phrases(self, caption: Row) -> Row:
         """Whom a row of captions names: a row of `PHRASES`."""
@@ -282,6 +299,7 @@ class Aligner:
             "problem": problem,
             "model": self.find.model,
             "revision": self.find.revision,
+            "models": self.models,
         }
 
     def __call__(self, split: str, raw: Row, caption: Row, found: Row, named: Row) -> Row:

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from moa.data.align import (
     AlignConfig,
@@ -36,8 +35,8 @@ from moa.data.align import (
     check_tokens,
     check_visible,
     large_enough,
+    load_tokenizer,
 )
-from moa.data.annotators import load
 from moa.data.errors import DataError, Rejected
 from moa.data.phrases import Phrase
 from moa.data.records import (
@@ -142,7 +141,7 @@ def run(
     an annotation that changed since the shard was made, and if more than `max_rejected` of the shard was
     rejected; the rejected rows are written even then.
     """
-    tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
+    tokenizer = load_tokenizer(config)
     kept: list[Row] = []
     refused: list[Row] = []
     photos = read_rows(raw, RAW)

@@ -97,7 +97,7 @@ def describe(
             for kind in ("caption", "segment")
             for record in records
         )
-        | _counts(f"{row['model']} @ {row['revision']}" for row in phrases),
+        | _counts(f"{m['model']} @ {m['revision']}" for row in phrases for m in (row, *row["models"])),
         "sha256": data_hash(records),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from moa.data.records import (
     sha256,
     write_rows,
 )
+from moa.hashing import model_hash
 from moa.methods import ModelSource
 
 MODEL = {"model": "m", "revision": "r", "settings": "{}"}
@@ -188,6 +191,34 @@ def test_every_photo_s_phrases_say_who_found_them(config, tmp_path, kind):
     assert list(kept) == (["p0", "p1"] if kind == "lexicon" else ["p0"])  # the parser named one of two
     said = [{key: s[key] for key in ("word", "start", "end")} for s in kept["p0"]["segments"]]
     assert said == rows[0]["phrases"] == [{"word": "man", "start": 0, "end": 5}]
+
+
+def test_every_photo_s_phrases_say_which_models_decided(config, clip, sentences, tokenizer, tmp_path):
+    """Folders by the hash of their weights, which changes with them; the tokenizer by what it does."""
+    paths = shard(tmp_path, [("a man", [(2, 18)]), (None, HALVES)])
+
+    def recorded(config):
+        align.run(config, "train", *paths)
+        first, second = (row["models"] for row in read_rows(paths[5], PHRASES))
+        assert first == second
+        return {used["role"]: (used["model"], used["revision"]) for used in first}
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer.id, folder)
+    few, all_of_them = (
+        replace(config, tokenizer=ModelSource(str(folder))),
+        replace(config, matcher="clip", clip=clip, label_model=sentences),
+    )
+    assert recorded(few).keys() == {"tokenizer"}
+    found = recorded(all_of_them)
+    assert found["clip"] == (clip.id, f"sha256:{model_hash(Path(clip.id))[:16]}")
+    assert found["label_model"] == (sentences.id, f"sha256:{model_hash(Path(sentences.id))[:16]}")
+    assert found["tokenizer"] == (tokenizer.id, recorded(few)["tokenizer"][1])
+
+    words = AutoTokenizer.from_pretrained(folder)
+    words.add_tokens(["moustache"])
+    words.save_pretrained(folder)
+    assert recorded(few)["tokenizer"][1] != found["tokenizer"][1]
 
 
 def first_noun(doc):

@@ -47,6 +47,9 @@ def test_who_found_the_phrases_is_in_the_card(shards):
     rows = read_rows(shards[2], PHRASES)
     found = card.describe(read_rows(shards[0], RECORD), read_rows(shards[1], REJECTED), phrases=rows)
     assert found["models"][f"lexicon @ {Lexicon().revision}"] == len(rows) == 24
+    (used,) = rows[0]["models"]
+    assert used["role"] == "tokenizer"
+    assert found["models"][f"{used['model']} @ {used['revision']}"] == 24
 
 
 def test_areas_are_shares_of_the_photo(shards):

@@ -61,6 +61,12 @@ def test_what_is_compared_is_explained(section, schema):
 
 
 def test_parts_of_lists_are_explained():
-    for schema, section in ((records.SEGMENT, "segment"), (records.RECORD, "record")):
-        for part in schema.field("segments").type.value_type:
+    lists = [
+        (records.SEGMENT, "segment", "segments"),
+        (records.RECORD, "record", "segments"),
+        (PHRASES, "phrases", "phrases"),
+        (PHRASES, "phrases", "models"),
+    ]
+    for schema, section, column in lists:
+        for part in schema.field(column).type.value_type:
             assert f"`{part.name}`" in SECTIONS[section]
