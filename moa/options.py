@@ -99,10 +99,12 @@ OWN: dict[str, dict[str, str]] = {
         "phrases": "parquet files of the phrases that were read in the captions, which name the parser.",
     },
     "annotation": {
+        "raw": "parquet files of photos that the `render` stage wrote.",
         "truth": "parquet files that the `render` stage wrote with the photos.",
         "captions": "parquet files of the `caption` stage, of the same photos.",
         "segments": "parquet files of the `segment` stage, of the same photos.",
         "records": "parquet files of the `align` stage, of the same photos.",
+        "train": "truth of the photos for training, with which these may share nobody.",
         "output": "CSV file to write.",
     },
     "train-moa": TRAINING,

@@ -409,10 +409,14 @@ rule data_card:
 
 rule annotation_errors:
     input:
+        raw=shards("raw", "validation"),
         truth=shards("truth", "validation"),
         captions=shards("captions", "validation"),
         segments=shards("segments", "validation"),
         records=shards("records", "validation"),
+        train=shards("truth", "train"),
+        models=models("prior", "clip_judge"),
+        own=stages.align_files(CONFIG),
     output:
         report(f"{OUT}/tables/annotation.csv", category="Data", caption="../report/annotation.rst"),
     log:
@@ -423,11 +427,13 @@ rule annotation_errors:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
     params:
+        config=settings("annotation"),
         code=code("annotation"),
     message:
         "Measuring the annotators against the truth"
     shell:
-        "python -m moa annotation --truth {input.truth} --captions {input.captions}"
-        " --segments {input.segments} --records {input.records} --output {output} > {log} 2>&1"
+        "python -m moa annotation --config {params.config:q} --raw {input.raw} --truth {input.truth}"
+        " --captions {input.captions} --segments {input.segments} --records {input.records}"
+        " --train {input.train} --output {output} > {log} 2>&1"
