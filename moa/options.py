@@ -76,8 +76,14 @@ OWN: dict[str, dict[str, str]] = {
     "archive-records": {
         "root": "folder of FastComposer's archive, unpacked.",
         "records": "parquet file of training records to write.",
+        "archived": "parquet file to write: the archive's own annotation and mask of every photo.",
     },
     "export-archive": {"output": "folder to write the archive to; one that is there already is an error."},
+    "restore-archive": {
+        "raw": "parquet files that the `photos` stage wrote.",
+        "archived": "parquet files of the `archive-records` stage, of the same photos.",
+        "output": "folder to write the archive to; one that is there already is an error.",
+    },
     "caption": {"output": "parquet file to write, one caption a photo."},
     "segment": {"output": "parquet file to write, the masks of each photo's people."},
     "align": {
@@ -93,10 +99,12 @@ OWN: dict[str, dict[str, str]] = {
         "phrases": "parquet files of the phrases that were read in the captions, which name the parser.",
     },
     "annotation": {
+        "raw": "parquet files of photos that the `render` stage wrote.",
         "truth": "parquet files that the `render` stage wrote with the photos.",
         "captions": "parquet files of the `caption` stage, of the same photos.",
         "segments": "parquet files of the `segment` stage, of the same photos.",
         "records": "parquet files of the `align` stage, of the same photos.",
+        "train": "truth of the photos for training, with which these may share nobody.",
         "output": "CSV file to write.",
     },
     "train-moa": TRAINING,

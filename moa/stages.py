@@ -117,6 +117,9 @@ STAGES: dict[str, Stage] = {
         {"tokenizer": "models.prior", "clip": "models.clip_judge"},
     ),
     "export-archive": Stage("moa.data.archive:export", "write records as FastComposer's archive"),
+    "restore-archive": Stage(
+        "moa.data.archive:restore", "write FastComposer's archive again, as it was taken in"
+    ),
     "caption": Stage(
         "moa.data.caption:run", "caption photos", "data.caption", {"model": "models.captioner"} | DEVICE
     ),
@@ -133,7 +136,12 @@ STAGES: dict[str, Stage] = {
         {"tokenizer": "models.prior", "clip": "models.clip_judge"},
     ),
     "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
-    "annotation": Stage("moa.miniature.annotation:run", "measure the annotators against the truth"),
+    "annotation": Stage(
+        "moa.miniature.annotation:run",
+        "measure the annotators against the truth",
+        "data.align",
+        {"tokenizer": "models.prior", "clip": "models.clip_judge"},
+    ),
     "train-moa": Stage("moa.training.moa:run", "train MoA", "train.moa", PRIOR | DEVICE, alias="train"),
     "train-fastcomposer": Stage(
         "moa.training.fastcomposer:run", "train FastComposer", "train.fastcomposer", PRIOR | DEVICE

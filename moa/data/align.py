@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from moa.choose import greedy_pairs
 from moa.data import phrases
-from moa.data.annotators import load
+from moa.data.annotators import load, revision
 from moa.data.crops import middle_square
 from moa.data.errors import BrokenImage, DataError, Rejected
 from moa.data.parser import PHRASES, Finder, Kind, finder
@@ -41,6 +41,7 @@ from moa.data.records import (
     decode_mask,
     encode_mask,
     read_rows,
+    sha256,
     write_rows,
 )
 from moa.methods import ModelSource
@@ -62,6 +63,9 @@ class AlignConfig:
         None  # sentence encoder that compares phrase and label; null: as strings
     )
     clip_text: Literal["phrase", "clause"] = "clause"  # judged against a segment: "a man", or all said of him
+    extra_segments: Literal["reject", "ignore"] = (
+        "reject"  # of a photo with more people than its caption names; ignore: CLIP finds the named ones
+    )
     plurals: Literal["expand", "reject"] = "expand"  # "two men" becomes "a man and a man", or is rejected
     min_area: float = 0.02  # least share of the photo that a person must cover; smaller ones are not counted
     max_subjects: int = 4  # [FastComposer]
@@ -70,6 +74,8 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if self.matcher == "clip" and self.clip is None:
             raise ValueError("matcher 'clip' needs the key `clip`: name a CLIP model, or use matcher 'label'")
+        if self.extra_segments == "ignore" and self.matcher != "clip":
+            raise ValueError("extra_segments 'ignore' needs matcher 'clip': order does not tell who is named")
         if self.max_subjects < 1:
             raise ValueError(f"max_subjects must be at least 1, not {self.max_subjects}")
         for name in ("min_area", "max_rejected"):
@@ -118,6 +124,7 @@ class SentenceSimilarity:
 
     def __init__(self, source: ModelSource) -> None:
         self.model = load(AutoModel, source, "data.align.label_model", dtype=torch.float32).eval()
+        self.revision = revision(source, self.model)
         self.tokenizer = load(AutoTokenizer, source, "data.align.label_model")
 
     @torch.inference_mode()
@@ -144,6 +151,7 @@ class ClipScorer:
 
     def __init__(self, source: ModelSource) -> None:
         self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).eval()
+        self.revision = revision(source, self.model)
         self.processor = load(CLIPProcessor, source, "clip_judge")
 
     @torch.inference_mode()
@@ -193,13 +201,22 @@ def named_people(caption: str, plurals: str, find: Finder) -> tuple[str, list[Ph
     return text, people
 
 
-def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None:
-    """Raise Rejected if the text encoder would not see every person's word to its end.
-
-    Raises DataError if the tokenizer cannot say which characters a token covers.
-    """
+def load_tokenizer(config: AlignConfig) -> Any:
+    """The text encoder's tokenizer. Raises DataError if it cannot say which characters a token covers."""
+    tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
     if not tokenizer.is_fast:
         raise DataError(f"{tokenizer.name_or_path}: a fast tokenizer is needed, to find words in tokens")
+    return tokenizer
+
+
+def tokenizer_revision(tokenizer: Any) -> str:
+    """A hash of what a fast tokenizer does; it has no weights, and its folder may hold a whole prior."""
+    text = f"{tokenizer.model_max_length}\n{tokenizer.backend_tokenizer.to_str()}"
+    return f"sha256:{sha256(text.encode())[:16]}"
+
+
+def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None:
+    """Raise Rejected if the text encoder would not see every person's word to its end."""
     encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
     if len(encoded["input_ids"]) > tokenizer.model_max_length:
         count = len(encoded["input_ids"])
@@ -211,16 +228,20 @@ def check_tokens(tokenizer: Any, caption: str, people: Sequence[Phrase]) -> None
 
 
 def large_enough(segments: Sequence[Row], pixels: int, config: AlignConfig) -> list[Row]:
-    """The segments that count, from left to right. Raises Rejected if there are none or too many."""
+    """The segments that count, from left to right. Raises Rejected if there are none."""
     if not segments:
         raise Rejected("no_segment", "nobody found")
     large = [segment for segment in segments if segment["area"] >= config.min_area * pixels]
     if not large:
         areas = [segment["area"] for segment in segments]
         raise Rejected("too_small", f"areas {areas} of {pixels} pixels")
-    if len(large) > config.max_subjects:
-        raise Rejected("too_many", f"{len(large)} people, {config.max_subjects} at most")
     return sorted(large, key=lambda segment: (segment["bbox"][0] + segment["bbox"][2], segment["segment_id"]))
+
+
+def check_number(people: int, config: AlignConfig) -> None:
+    """Raise Rejected if these are more subjects than a record may hold."""
+    if people > config.max_subjects:
+        raise Rejected("too_many", f"{people} people, {config.max_subjects} at most")
 
 
 def check_visible(segments: Sequence[Row], ids: NDArray[Any]) -> None:
@@ -243,18 +264,23 @@ class Aligner:
     find: Finder
     scorer: Scorer
     similarity: Similarity
+    models: Sequence[Row]  # role, model and revision of those that decide, as `PHRASES` has them
 
     @classmethod
     def load(cls, config: AlignConfig) -> Aligner:
         """Load tokenizer and, if asked for, parser, CLIP and sentence encoder. Raises DataError."""
-        tokenizer = load(AutoTokenizer, config.tokenizer, "prior", subfolder=config.tokenizer_subfolder)
-        return cls(
-            config,
-            tokenizer,
-            finder(config.phrases, config.spacy),
-            ClipScorer(config.clip) if config.matcher == "clip" and config.clip else no_scores,
-            SentenceSimilarity(config.label_model) if config.label_model else same_strings,
-        )
+        tokenizer = load_tokenizer(config)
+        used = [("tokenizer", config.tokenizer.id, tokenizer_revision(tokenizer))]
+        scorer: Scorer = no_scores
+        if config.matcher == "clip" and config.clip:
+            scorer = ClipScorer(config.clip)
+            used.append(("clip", config.clip.id, scorer.revision))
+        similarity: Similarity = same_strings
+        if config.label_model:
+            similarity = SentenceSimilarity(config.label_model)
+            used.append(("label_model", config.label_model.id, similarity.revision))
+        models = [{"role": role, "model": name, "revision": which} for role, name, which in used]
+        return cls(config, tokenizer, finder(config.phrases, config.spacy), scorer, similarity, models)
 
     def phrases(self, caption: Row) -> Row:
         """Whom a row of captions names: a row of `PHRASES`."""
@@ -273,6 +299,7 @@ class Aligner:
             "problem": problem,
             "model": self.find.model,
             "revision": self.find.revision,
+            "models": self.models,
         }
 
     def __call__(self, split: str, raw: Row, caption: Row, found: Row, named: Row) -> Row:
@@ -285,9 +312,10 @@ class Aligner:
         check_tokens(self.tokenizer, text, people)
         ids = decode_mask(found["mask"])
         segments = large_enough(found["segments"], ids.size, self.config)
-        if len(people) != len(segments):
+        extra = self.config.extra_segments == "ignore"
+        check_number(len(people) if extra else len(segments), self.config)
+        if len(people) > len(segments) or (len(people) < len(segments) and not extra):
             raise Rejected("count_mismatch", f"{len(people)} named, {len(segments)} found: {text!r}")
-        check_visible(segments, ids)
         try:
             photo = decode_image(raw["image"])
         except BrokenImage as error:
@@ -295,6 +323,7 @@ class Aligner:
         matched = match(
             photo, text, people, segments, self.scorer, self.config.clip_text == "clause", self.similarity
         )
+        check_visible(matched, ids)
         return self._record(split, raw, caption, found, text, people, matched, ids)
 
     @staticmethod

@@ -50,6 +50,12 @@ def histogram(values: Sequence[float], edges: Sequence[float]) -> dict[str, int]
     return {f"{a:g}–{b:g}": int(n) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)}
 
 
+def shorter_sides(records: Sequence[Row]) -> dict[str, int]:
+    """How many photos have a shorter side of so many pixels; in the wild hardly two have the same size."""
+    sides = [min(record["width"], record["height"]) for record in records]
+    return histogram(sides, (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 100_000))
+
+
 def areas(record: Row) -> list[float]:
     """The share of the photo that each subject covers."""
     counts = np.bincount(decode_mask(record["mask"]).ravel(), minlength=65536)
@@ -87,7 +93,7 @@ def describe(
         "subjects": len(subjects),
         "subject_words": _counts(segment["word"].lower() for segment in subjects),
         "subjects_per_photo": _counts(len(record["segments"]) for record in records),
-        "photo_sizes": _counts(f"{record['width']}×{record['height']}" for record in records),
+        "shorter_side": shorter_sides(records),
         "caption_words": histogram(words, (0, 5, 10, 15, 20, 30, 1000)),
         "subject_area": histogram(
             [a for record in records for a in areas(record)], (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 1)
@@ -97,7 +103,7 @@ def describe(
             for kind in ("caption", "segment")
             for record in records
         )
-        | _counts(f"{row['model']} @ {row['revision']}" for row in phrases),
+        | _counts(f"{m['model']} @ {m['revision']}" for row in phrases for m in (row, *row["models"])),
         "sha256": data_hash(records),
     }
 

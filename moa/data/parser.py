@@ -17,6 +17,7 @@ from moa.data.errors import DataError
 from moa.data.phrases import Phrase
 
 Kind = Literal["auto", "spacy", "lexicon"]
+_MODEL = pa.struct({"role": pa.string(), "model": pa.string(), "revision": pa.string()})
 PHRASES = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -27,8 +28,9 @@ PHRASES = pa.schema(
         pa.field("problem", pa.string()),
         pa.field("model", pa.string(), nullable=False),
         pa.field("revision", pa.string(), nullable=False),
+        pa.field("models", pa.list_(_MODEL), nullable=False),
     ],
-    metadata={"moa_schema": "phrases/1"},
+    metadata={"moa_schema": "phrases/2"},
 )
 
 

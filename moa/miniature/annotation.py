@@ -2,9 +2,10 @@
 
 Entry point, called by `python -m moa annotation`:
 
-    run(truth, captions, segments, records, output)      lists of shards, in the same order → one CSV
+    run(config, raw, truth, captions, segments, records, train, output)      lists of shards → one CSV
 
-The CSV has the columns `metric, value, count`; `count` is how many cases the value is a mean over.
+The CSV has the columns `metric, value, count`; `count` is how many cases the value is a mean over or, where
+it is a number, how many there are in all.
 """
 
 from __future__ import annotations
@@ -21,9 +22,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moa.data.errors import DataError
+from moa.data.align import AlignConfig, Aligner
+from moa.data.errors import DataError, Rejected
 from moa.data.phrases import clause, person_phrases
-from moa.data.records import CAPTION, RECORD, SEGMENT, TRUTH, Row, decode_mask, read_rows
+from moa.data.records import (
+    CAPTION,
+    RAW,
+    RECORD,
+    SEGMENT,
+    TRUTH,
+    Row,
+    bounding_box,
+    decode_mask,
+    read_rows,
+)
 from moa.files import write_atomically
 from moa.miniature import world
 
@@ -196,6 +208,75 @@ def annotation_errors(
     return [_summary(name, cases[name]) for name in sorted(cases) if cases[name]]
 
 
+def true_segments(mask: NDArray[Any]) -> list[Row]:
+    """What a faultless segmenter would say of a true mask [H, W]."""
+    return [
+        {
+            "segment_id": figure,
+            "label": "person",
+            "score": 1.0,
+            "bbox": bounding_box(mask == figure),
+            "area": int((mask == figure).sum()),
+        }
+        for figure in range(1, int(mask.max(initial=0)) + 1)
+    ]
+
+
+def on_true_masks(
+    aligner: Aligner, raw: Sequence[Row], truth: Sequence[Row], captions: Sequence[Row]
+) -> list[Row]:
+    """The records that alignment makes of these captions and the true masks; rejected photos have none."""
+    records = []
+    for photo, true, caption in zip(raw, truth, captions, strict=True):
+        found = {"mask": true["mask"], "segments": true_segments(decode_mask(true["mask"]))}
+        found |= {"problem": None, "model": "truth", "revision": ""}
+        try:
+            records.append(aligner("validation", photo, caption, found, aligner.phrases(caption)))
+        except Rejected:
+            continue
+    return records
+
+
+def alignment_errors(
+    aligner: Aligner, raw: Sequence[Row], truth: Sequence[Row], captions: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """Rows `metric, value, count` of alignment alone, without the segmenter's errors.
+
+    `alignment.true_masks`: share of phrases with the right segment; `records.true_masks`: share of photos
+    that became records. The captions are the captioner's.
+    """
+    if [row["id"] for row in raw] != [row["id"] for row in truth]:
+        raise DataError("raw and truth are about other photos; hand over the same shards of each")
+    records = on_true_masks(aligner, raw, truth, captions)
+    cases: Cases = {}
+    known = {row["id"]: row for row in truth}
+    for record in records:
+        true = known[record["id"]]
+        scene = world.Scene.from_dict(json.loads(true["scene"]))
+        alignment_cases(record, scene, decode_mask(true["mask"]), cases)
+    kept = {record["id"] for record in records}
+    named = {f"{name.removesuffix('.right')}.true_masks": values for name, values in cases.items()}
+    named["records.true_masks"] = [row["id"] in kept for row in truth]
+    return [_summary(name, values) for name, values in named.items() if values]
+
+
+def in_both_splits(train: Sequence[Row], validation: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows `metric, value, count`: how many photos, and identities in them, both splits have, of how many."""
+
+    def identities(rows: Sequence[Row]) -> set[str]:
+        scenes = [world.Scene.from_dict(json.loads(row["scene"])) for row in rows]
+        return {identity.id for scene in scenes for identity in scene.identities}
+
+    def photos(rows: Sequence[Row]) -> set[str]:
+        return {row["id"] for row in rows}
+
+    found = []
+    for name, of in (("identities", identities), ("photos", photos)):
+        a, b = of(train), of(validation)
+        found.append({"metric": f"splits.{name}.in_both", "value": len(a & b), "count": len(a | b)})
+    return found
+
+
 def _is_attribute(name: str) -> bool:
     return name.startswith("caption.") and name.endswith(".right") and name != "caption.people.right"
 
@@ -213,17 +294,19 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run(
+    config: AlignConfig,
+    raw: Sequence[str | Path],
     truth: Sequence[str | Path],
     captions: Sequence[str | Path],
     segments: Sequence[str | Path],
     records: Sequence[str | Path],
+    train: Sequence[str | Path],
     output: str | Path,
 ) -> None:
     """Compare shards with the truth. Raises DataError for a bad shard."""
-    rows = annotation_errors(
-        read_rows(truth, TRUTH),
-        read_rows(captions, CAPTION),
-        read_rows(segments, SEGMENT),
-        read_rows(records, RECORD),
-    )
+    true, said = read_rows(truth, TRUTH), read_rows(captions, CAPTION)
+    rows = annotation_errors(true, said, read_rows(segments, SEGMENT), read_rows(records, RECORD))
+    rows += alignment_errors(Aligner.load(config), read_rows(raw, RAW), true, said)
+    rows += in_both_splits(read_rows(train, TRUTH), true)
+    rows.sort(key=lambda row: str(row["metric"]))
     write_atomically(output, lambda path: write_csv(path, rows))

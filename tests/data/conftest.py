@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,9 +14,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from moa.data.records import CAPTION, SEGMENT, TRUTH, bounding_box, decode_mask, read_rows, write_rows
+from moa.data.records import CAPTION, SEGMENT, TRUTH, decode_mask, read_rows, write_rows
 from moa.methods import ModelSource
 from moa.miniature import dataset
+from moa.miniature.annotation import true_segments
 from moa.miniature.tokenizer import load_tokenizer
 from tests.data import tiny
 
@@ -35,20 +35,6 @@ def rendered(tmp_path_factory) -> SimpleNamespace:
     shard = SimpleNamespace(raw=folder / "raw.parquet", truth=folder / "truth.parquet", config=config)
     dataset.run(config, "train", 0, shard.raw, shard.truth)
     return shard
-
-
-def true_segments(mask: np.ndarray) -> list[dict]:
-    """What a faultless segmenter would say."""
-    return [
-        {
-            "segment_id": k,
-            "label": "person",
-            "score": 1.0,
-            "bbox": bounding_box(mask == k),
-            "area": int((mask == k).sum()),
-        }
-        for k in range(1, mask.max() + 1)
-    ]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +39,7 @@ from moa.data.records import (
     sha256,
     write_rows,
 )
+from moa.hashing import model_hash
 from moa.methods import ModelSource
 
 MODEL = {"model": "m", "revision": "r", "settings": "{}"}
@@ -190,6 +193,34 @@ def test_every_photo_s_phrases_say_who_found_them(config, tmp_path, kind):
     assert said == rows[0]["phrases"] == [{"word": "man", "start": 0, "end": 5}]
 
 
+def test_every_photo_s_phrases_say_which_models_decided(config, clip, sentences, tokenizer, tmp_path):
+    """Folders by the hash of their weights, which changes with them; the tokenizer by what it does."""
+    paths = shard(tmp_path, [("a man", [(2, 18)]), (None, HALVES)])
+
+    def recorded(config):
+        align.run(config, "train", *paths)
+        first, second = (row["models"] for row in read_rows(paths[5], PHRASES))
+        assert first == second
+        return {used["role"]: (used["model"], used["revision"]) for used in first}
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer.id, folder)
+    few, all_of_them = (
+        replace(config, tokenizer=ModelSource(str(folder))),
+        replace(config, matcher="clip", clip=clip, label_model=sentences),
+    )
+    assert recorded(few).keys() == {"tokenizer"}
+    found = recorded(all_of_them)
+    assert found["clip"] == (clip.id, f"sha256:{model_hash(Path(clip.id))[:16]}")
+    assert found["label_model"] == (sentences.id, f"sha256:{model_hash(Path(sentences.id))[:16]}")
+    assert found["tokenizer"] == (tokenizer.id, recorded(few)["tokenizer"][1])
+
+    words = AutoTokenizer.from_pretrained(folder)
+    words.add_tokens(["moustache"])
+    words.save_pretrained(folder)
+    assert recorded(few)["tokenizer"][1] != found["tokenizer"][1]
+
+
 def first_noun(doc):
     """A parser that knows one noun phrase: the first two words."""
     for token in doc:
@@ -236,6 +267,44 @@ def test_greedy_is_one_to_one_for_any_scores():
         assert len(set(chosen)) == phrases
         best = np.argwhere(scores == scores.max())
         assert any(chosen[i] == j for i, j in best), "the best pair must be taken"
+
+
+def extras(config, clip) -> AlignConfig:
+    return replace(config, matcher="clip", clip=clip, extra_segments="ignore", max_subjects=2)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_people_beside_the_named_ones_may_be_ignored(best, config, clip, tmp_path, monkeypatch):
+    """One man is named and three people are found: CLIP's favourite is he, the others leave the mask."""
+    paths = shard(tmp_path, [("a man", [(0, 8), (8, 14), (14, 20)])])
+
+    def favour(scorer, photo, texts, segments):
+        return np.array([[0.9 if i == best else 0.5 for i in range(3)] for _ in texts])
+
+    monkeypatch.setattr(ClipScorer, "__call__", favour)
+    align.run(extras(config, clip), "train", *paths)
+    (record,) = read_rows(paths[3], RECORD)
+    assert [s["segment_id"] for s in record["segments"]] == [best + 1]
+    assert set(np.unique(decode_mask(record["mask"]))) == {0, best + 1}
+
+
+@pytest.mark.parametrize(
+    ("caption", "columns", "width", "reason"),
+    [
+        ("a man", HALVES, 20, "kept"),
+        ("a man and a woman", [(0, 6), (7, 13), (14, 20)], 20, "kept"),
+        ("a man and a woman", [(2, 18)], 20, "count_mismatch"),
+        ("a man, a woman and a boy", [(0, 6), (7, 13), (14, 20)], 20, "too_many"),
+        ("a man", [(0, 9), (31, 40)], 40, "outside"),
+    ],
+)
+def test_ignoring_extra_people_excuses_nothing_else(config, clip, tmp_path, caption, columns, width, reason):
+    assert outcome(extras(config, clip), tmp_path, caption, columns, width=width) == reason
+
+
+def test_only_clip_tells_who_is_named(config):
+    with pytest.raises(ValueError, match="extra_segments 'ignore' needs matcher 'clip'"):
+        replace(config, extra_segments="ignore")
 
 
 def test_equal_scores_go_from_left_to_right():

@@ -83,9 +83,83 @@ def read(root: Path, out: Path) -> list[Path]:
     return paths
 
 
-def test_files_to_records_to_files_is_exact(root, tmp_path):
-    archive.export(read(root, tmp_path / "a"), tmp_path / "again")
+# As published archives may be: any whole numbers, any layout of JSON, any order, and more than we ask for.
+DTYPES = (np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.int64, np.dtype(">i4"))
+CAPTIONS = (CAPTION, CAPTION + " in a café", CAPTION + ", 微笑 😀")
+TIES = [SEGMENTS[2], SEGMENTS[2] | {"id": 0, "coco_label": "Krawatte à pois"}]
+
+
+def odd_photo(root: Path, photo: str, rng: np.random.Generator) -> None:
+    """One photo of an archive as nobody would write it who follows our exporter."""
+    segments = [dict(item) for item in SEGMENTS[:2] + TIES]
+    segments[1]["bbox"] = [8.25, 2.5, 15.5, 20.0]
+    segments[2]["score"] = 0.123456789012345678
+    segments = [segments[i] for i in rng.permutation(len(segments))][: int(rng.integers(1, 5))]
+    for item in segments:
+        for key in rng.permutation(list(item)):
+            item[str(key)] = item.pop(str(key))
+    add(root, photo, ("JPEG", "PNG")[int(rng.integers(2))])
+    about = {"segments": segments, "caption": CAPTIONS[int(rng.integers(3))], "model": {"n": [1, None, 1e-9]}}
+    text = json.dumps(about, ensure_ascii=bool(rng.integers(2)), indent=[None, 2][int(rng.integers(2))])
+    place = root / photo[:5] / photo
+    place.with_suffix(".json").write_bytes(text.replace("\n", "\r\n").encode())
+    ids = np.load(place.with_suffix(".npy")).astype(DTYPES[int(rng.integers(len(DTYPES)))])
+    np.save(place.with_suffix(".npy"), ids if rng.random() < 0.5 else np.asfortranarray(ids))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_archive_comes_out_as_it_went_in(seed, tmp_path, tokenizer):
+    """Through the stages, whatever became a record: bytes of photos, JSON and masks, and the lists' order."""
+    rng = np.random.default_rng(seed)
+    root, out = tmp_path / "archive", tmp_path / "out"
+    ids = [f"{number:07d}" for number in rng.permutation(10**7)[:9]]
+    for photo in ids:
+        odd_photo(root, photo, rng)
+    add(root, ids[-2], segments=TIES)  # no record comes of it
+    held_out = int(rng.integers(1, 8)) if seed else 0  # the first archive has no lists of its own splits
+    parts = {"": ids[:-1], "_train": ids[held_out:], "_test": ids[:held_out]} if seed else {"": ids}
+    for name, part in parts.items():
+        (root / f"image_ids{name}.txt").write_text("".join(f"{photo}\n" for photo in rng.permutation(part)))
+
+    _, aside = ingest(config(root, "fastcomposer"), out, ONE)
+    assert not aside
+    raw = [out / f"raw-{split}-0.parquet" for split in ONE]
+    kept, archived = 0, []
+    for split, path in zip(ONE, raw, strict=True):
+        outputs = [out / f"{kind}-{split}.parquet" for kind in ("records", "rejected", "archived")]
+        archive.run(AlignConfig(tokenizer, "", max_rejected=1.0), split, path, root, *outputs)
+        archived.append(outputs[2])
+        kept += len(read_rows(outputs[0], RECORD))
+    assert 0 < kept < 9, "both kept and rejected photos must be among them"
+    archive.restore(raw, archived, tmp_path / "again")
     assert files(tmp_path / "again") == files(root)
+
+
+def test_ties_and_dtypes_are_what_records_lose(root, tmp_path):
+    """Why `restore` is there: what is exported of records is what training reads."""
+    odd_photo(root, "0000001", np.random.default_rng(0))
+    archive.export(read(root, tmp_path / "a"), tmp_path / "again")
+    assert files(tmp_path / "again").keys() == files(root).keys()
+    assert files(tmp_path / "again") != files(root)
+
+
+def test_shards_of_other_photos_are_not_restored(root, tmp_path, tokenizer):
+    read(root, tmp_path)
+    raw, outputs = tmp_path / "raw-train-0.parquet", [tmp_path / f"{name}.parquet" for name in "rxa"]
+    archive.run(AlignConfig(tokenizer, ""), "train", raw, root, *outputs)
+    with pytest.raises(DataError, match=r"a\.parquet is not about the photos of its raw shard"):
+        archive.restore([tmp_path / "raw-validation-0.parquet"], outputs[2:], tmp_path / "out")
+    with pytest.raises(DataError, match="2 raw and 1 archived shards"):
+        archive.restore([raw, raw], outputs[2:], tmp_path / "out")
+    with pytest.raises(DataError, match=r"holds an archive"):
+        archive.restore([raw], outputs[2:], root)
+
+
+def test_corners_between_pixels_hold_their_box(root):
+    """Records have whole pixels; the box grows to them."""
+    add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0.5, 2, 7.25, 20.0]}])
+    _, (segment,), _ = archive.read_annotation(root, "0000001", (24, 32))
+    assert segment["bbox"] == [0, 2, 8, 20]
 
 
 def test_records_to_files_to_records_is_exact(root, tmp_path):
@@ -171,7 +245,9 @@ def spoil(root: Path, how: str) -> None:
     elif how == "offsets":
         add(root, "0000001", segments=[SEGMENTS[0] | {"end": 900}])
     elif how == "corners":
-        add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0.5, 0, 3, 4]}])
+        add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0, 0, 3]}])
+    elif how == "no number":
+        add(root, "0000001", segments=[SEGMENTS[0] | {"bbox": [0, float("nan"), 3, 4]}])
     elif how in ("caption", "word", "coco_label"):
         changes = {"caption": list(CAPTION)} if how == "caption" else {"segments": [SEGMENTS[0] | {how: 3}]}
         add(root, "0000001", **changes)
@@ -197,7 +273,7 @@ def spoil(root: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [(h, h) for h in ("missing", "unlisted", "name")]
-    + [(h, "annotation") for h in ("no json", "offsets", "corners", "pickle", "size")]
+    + [(h, "annotation") for h in ("no json", "offsets", "corners", "no number", "pickle", "size")]
     + [(h, "annotation") for h in ("caption", "word", "coco_label", "surrogate", "large id", "deep")]
     + [(h, "annotation") for h in ("npz", "huge", "cut")],
 )
@@ -209,17 +285,21 @@ def test_what_does_not_fit_is_put_aside(how, reason, root, tmp_path):
 
 
 def test_training_sees_persons_alone(root, tmp_path, tokenizer):
-    """Two people and a tie: the tie leaves segments and mask; small people and shared words are rejected."""
+    """Two people and a tie: the tie leaves segments and mask; ties alone and shared words are rejected."""
+    add(root, "0000000", segments=SEGMENTS[::-1])
     add(root, "0000001", segments=[SEGMENTS[0], SEGMENTS[0] | {"id": 2}])
     add(root, "0000002", segments=[SEGMENTS[2]])
     ingest(config(root, "fastcomposer"), tmp_path, ONE)
-    out = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    out = [tmp_path / f"{name}.parquet" for name in ("records", "rejected", "archived")]
     archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
     (row,) = read_rows(out[0], RECORD)
     assert [(s["word"], s["segment_id"]) for s in row["segments"]] == [("man", 1), ("woman", 2)]
     assert set(np.unique(decode_mask(row["mask"]))) == {0, 1, 2}
     refused = {r["id"]: r["reason"] for r in read_rows(out[1], REJECTED)}
     assert refused == {"0000001": "plural", "0000002": "no_segment"}
+    few = AlignConfig(tokenizer, "", max_subjects=1, max_rejected=1.0)
+    archive.run(few, "train", tmp_path / "raw-train-0.parquet", root, *out)
+    assert read_rows(out[1], REJECTED)[0]["reason"] == "too_many"
 
 
 def test_no_damage_to_a_mask_stops_the_run(root):
@@ -244,7 +324,7 @@ def test_a_shard_of_which_nothing_is_left_is_an_error(root, tmp_path, tokenizer)
     for photo in ("0000000", "0000001", "0000002"):
         add(root, photo, segments=[SEGMENTS[2]])
     ingest(config(root, "fastcomposer"), tmp_path, ONE)
-    out = tmp_path / "records.parquet", tmp_path / "rejected.parquet"
+    out = [tmp_path / f"{name}.parquet" for name in ("records", "rejected", "archived")]
     with pytest.raises(DataError, match=r"3 of 3 photos were rejected \{'no_segment': 3\}, more than max_r"):
         archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
     assert len(read_rows(out[1], REJECTED)) == 3 and not out[0].exists()

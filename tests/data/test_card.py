@@ -38,6 +38,7 @@ def test_every_photo_is_in_the_account(shards, tmp_path):
     assert sum(found["subject_words"].values()) == sum(found["subject_area"].values()) == len(subjects)
     assert sum(found["caption_words"].values()) == sum(found["subjects_per_photo"].values()) == len(records)
     assert found["splits"] == {"train": len(records)}
+    assert found["shorter_side"]["64–128"] == sum(found["shorter_side"].values()) == len(records)
     assert found["models"] == {"truth @ 0": 2 * len(records)}
     assert "count_mismatch: caption and segments disagree" in (tmp_path / "c.md").read_text()
     assert Image.open(tmp_path / "s.png").size[0] == 3 * (2 * 160 + 8)
@@ -47,6 +48,9 @@ def test_who_found_the_phrases_is_in_the_card(shards):
     rows = read_rows(shards[2], PHRASES)
     found = card.describe(read_rows(shards[0], RECORD), read_rows(shards[1], REJECTED), phrases=rows)
     assert found["models"][f"lexicon @ {Lexicon().revision}"] == len(rows) == 24
+    (used,) = rows[0]["models"]
+    assert used["role"] == "tokenizer"
+    assert found["models"][f"{used['model']} @ {used['revision']}"] == 24
 
 
 def test_areas_are_shares_of_the_photo(shards):
@@ -88,6 +92,15 @@ def test_oblong_photos_keep_their_shape_on_the_sheet(shards):
 
 def test_histograms_hold_their_edges():
     assert card.histogram([0, 1, 5, 10], (0, 5, 10)) == {"0–5": 2, "5–10": 2}
+
+
+def test_photos_of_many_sizes_fall_into_few_bins():
+    """Each in one, the smallest and the largest too."""
+    sizes = [(64, 900), (1024, 1024), (4000, 3000), (3, 5), *((600 + n, 700 + n) for n in range(500))]
+    found = card.shorter_sides([{"width": width, "height": height} for width, height in sizes])
+    assert len(found) == 10 and sum(found.values()) == len(sizes)
+    assert (found["0–64"], found["64–128"], found["1024–1536"], found["2048–4096"]) == (1, 1, 77, 1)
+    assert (found["512–768"], found["768–1024"]) == (168, 256)
 
 
 def test_no_record_at_all_is_an_error_that_says_why(tmp_path):

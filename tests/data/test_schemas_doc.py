@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moa.data import records
+from moa.data.archive import ARCHIVED
 from moa.data.errors import REASONS
 from moa.data.parser import PHRASES
 from moa.data.sources import lock
@@ -41,8 +42,9 @@ def test_the_index_and_the_reasons_for_quarantine_are_explained():
     )
 
 
-def test_phrases_are_explained():
+def test_phrases_and_archived_files_are_explained():
     assert documented("phrases") == PHRASES.names
+    assert documented("archived") == ARCHIVED.names
 
 
 def test_samples_are_explained():
@@ -59,6 +61,12 @@ def test_what_is_compared_is_explained(section, schema):
 
 
 def test_parts_of_lists_are_explained():
-    for schema, section in ((records.SEGMENT, "segment"), (records.RECORD, "record")):
-        for part in schema.field("segments").type.value_type:
+    lists = [
+        (records.SEGMENT, "segment", "segments"),
+        (records.RECORD, "record", "segments"),
+        (PHRASES, "phrases", "phrases"),
+        (PHRASES, "phrases", "models"),
+    ]
+    for schema, section, column in lists:
+        for part in schema.field(column).type.value_type:
             assert f"`{part.name}`" in SECTIONS[section]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moa.data.errors import DataError
-from moa.data.records import RECORD, encode_mask, read_rows, write_rows
-from moa.miniature import annotation
+from moa.data import align
+from moa.data.align import AlignConfig
+from moa.data.errors import DataError, Rejected
+from moa.data.records import CAPTION, RECORD, SEGMENT, TRUTH, encode_mask, read_rows, write_rows
+from moa.methods import ModelSource
+from moa.miniature import annotation, dataset
 from moa.miniature.annotation import annotation_errors, read_facts, whom
 from moa.miniature.captions import Wording, task_caption
 from moa.miniature.dataset import RenderConfig, draw_scene
 from moa.miniature.render import render
+from moa.miniature.tokenizer import load_tokenizer
 from moa.miniature.world import identities, sample_scene
 
 FULL = Wording(context=1.0, generic=0.0, prefix=0.0)
@@ -112,30 +117,76 @@ def test_shards_of_other_photos_are_refused(faultless):
         annotation_errors(truth, captions[::-1], segments, records)
 
 
-def test_the_csv_has_one_row_a_metric(rendered_shard, tmp_path):
-    annotation.run(*rendered_shard, tmp_path / "errors.csv")
-    with (tmp_path / "errors.csv").open() as file:
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> dict[str, Path]:
+    """24 validation photos, half of them pairs, with true captions and a segmenter that sees nobody."""
+    folder = tmp_path_factory.mktemp("drawn")
+    kinds = ("raw", "truth", "captions", "segments", "records", "train")
+    paths = {kind: folder / f"{kind}.parquet" for kind in kinds}
+    settings = RenderConfig(train=24, validation=24, shard_size=24, pairs=0.5)
+    dataset.run(settings, "train", 0, folder / "other.parquet", paths["train"])
+    dataset.run(settings, "validation", 0, paths["raw"], paths["truth"])
+    truth = read_rows(paths["truth"], TRUTH)
+    common = {"problem": None, "model": "m", "revision": "r", "settings": "{}"}
+    write_rows(
+        paths["captions"], [{"id": t["id"], "caption": t["caption"], **common} for t in truth], CAPTION
+    )
+    blind = [{"id": t["id"], "mask": None, "segments": [], **common} for t in truth]
+    write_rows(paths["segments"], blind, SEGMENT)
+    write_rows(paths["records"], [], RECORD)
+    load_tokenizer().save_pretrained(folder / "tokenizer")
+    return paths
+
+
+def table(paths: dict[str, Path], **changes: Path) -> dict[str, tuple[float, int]]:
+    """Value and count of each metric in the CSV of the stage."""
+    config = AlignConfig(
+        ModelSource(str(paths["raw"].parent / "tokenizer")), "", phrases="lexicon", min_area=0.0
+    )
+    output = paths["raw"].parent / "errors.csv"
+    annotation.run(config, **{kind: [path] for kind, path in (paths | changes).items()}, output=output)
+    with output.open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["metric", "value", "count"]
-    assert float(next(r["value"] for r in rows if r["metric"] == "mask.iou")) == 1.0
+    assert [row["metric"] for row in rows] == sorted({row["metric"] for row in rows})
+    return {row["metric"]: (float(row["value"]), int(row["count"])) for row in rows}
 
 
-@pytest.fixture
-def rendered_shard(faultless, tmp_path):
-    """The same as files."""
-    from moa.data.records import CAPTION, SEGMENT, TRUTH
+def test_alignment_is_measured_on_true_masks_whatever_the_segmenter_says(drawn):
+    found = table(drawn)
+    assert found["mask.iou"][0] == found["records.kept"][0] == 0
+    figures = found["mask.iou"][1]
+    assert found["alignment.true_masks"] == (1.0, figures) and figures > 30
+    assert found["alignment.pairs.true_masks"] == (1.0, 2 * (figures - 24))
+    assert found["records.true_masks"] == (1.0, 24)
 
-    truth, captions, segments, _ = faultless
-    common = {"problem": None, "model": "m", "revision": "r", "settings": "{}"}
-    found = {"label": "person", "score": 1.0, "bbox": [0, 0, 1, 1], "area": 1}
-    paths = [tmp_path / f"{kind}.parquet" for kind in ("truth", "captions", "segments", "records")]
-    write_rows(paths[0], [t | {"caption": "", "labels": "[]"} for t in truth], TRUTH)
-    write_rows(paths[1], [c | common for c in captions], CAPTION)
-    people = [s | common | {"segments": [p | found for p in s["segments"]]} for s in segments]
-    write_rows(paths[2], people, SEGMENT)
-    write_rows(paths[3], [], RECORD)
-    assert read_rows(paths[3], RECORD) == []
-    return [[path] for path in paths]
+
+def test_alignment_on_true_masks_is_that_of_the_stage(drawn, monkeypatch):
+    """Were the matcher to exchange people, the figure would say so; that of rejected photos, too."""
+    monkeypatch.setattr(align, "match", lambda photo, caption, people, segments, *_: segments[::-1])
+    assert table(drawn)["alignment.pairs.true_masks"][0] == 0
+    monkeypatch.setattr(align, "check_visible", reject)
+    found = table(drawn)
+    assert found["records.true_masks"] == (0.0, 24) and "alignment.true_masks" not in found
+
+
+def reject(*_) -> None:
+    raise Rejected("outside", "")
+
+
+def test_photos_and_people_of_both_splits_are_counted(drawn):
+    found = table(drawn)
+    assert found["splits.photos.in_both"] == (0, 48)
+    assert found["splits.identities.in_both"][0] == 0 and found["splits.identities.in_both"][1] > 48
+    leaked = table(drawn, train=drawn["truth"])
+    assert leaked["splits.photos.in_both"] == (24, 24)
+    shared, people = leaked["splits.identities.in_both"]
+    assert shared == people > 24
+
+
+def test_photos_of_another_shard_are_refused(drawn):
+    with pytest.raises(DataError, match="raw and truth are about other photos"):
+        table(drawn, raw=drawn["raw"].parent / "other.parquet")
 
 
 def test_a_record_about_other_people_is_aligned_wrongly(faultless):

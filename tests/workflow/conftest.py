@@ -48,3 +48,23 @@ def snakemake(project: Path) -> Run:
         return subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
 
     return run
+
+
+def start(project: Path, target: str) -> subprocess.Popen[bytes]:
+    """Begin to make `target` as `changes.yaml` says, one job at a time, in a process group of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "1",
+        "--configfile",
+        "changes.yaml",
+        "--",
+        target,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (project / "snakemake.log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=project, env=environment, stdout=log, stderr=log, start_new_session=True
+        )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +32,7 @@ from moa.hashing import ROOT, model_hash
 from moa.miniature.dataset import RenderConfig, draw_scene
 from moa.miniature.render import render
 from tests.data import tiny
-from tests.workflow.conftest import Run
+from tests.workflow.conftest import Run, start
 
 PAPER = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
 PAGE = (ROOT / "docs/data.md").read_text("utf-8")
@@ -94,6 +98,49 @@ def test_one_changed_file_redoes_one_shard(snakemake: Run, project: Path) -> Non
     said = done.stdout + done.stderr
     assert jobs(said) == {"lock_photos": "1", "photos": "1", "quarantine": "1"}, said
     assert f"train-{shard_of('03', 2):03d}" in said
+
+
+def kill_in_the_last_shard(project: Path, raw: dict[str, Path]) -> str:
+    """SIGKILL the run while the last of the shards is made; its name."""
+    run, deadline = start(project, TARGET), time.monotonic() + 300
+    logs = {name: project / f"results/paper/logs/photos/{name}.log" for name in raw}
+    while True:
+        assert run.poll() is None and time.monotonic() < deadline, (project / "snakemake.log").read_text()
+        left = [name for name, path in raw.items() if not path.exists()]
+        if len(left) == 1 and logs[left[0]].is_file():
+            done = re.findall(r"(\d+)/(\d+)", logs[left[0]].read_text())
+            if done and 0 < int(done[-1][0]) < int(done[-1][1]):
+                os.killpg(run.pid, signal.SIGKILL)
+                run.wait()
+                return left[0]
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_shard_that_was_killed_is_made_again_and_no_other(project: Path) -> None:
+    (project / "photos").mkdir()
+    Image.linear_gradient("L").resize((2400, 2400)).save(project / "photos/00.png")  # takes a while to decode
+    for number in range(1, 60):
+        shutil.copy(project / "photos/00.png", project / f"photos/{number:02d}.png")
+    (project / "changes.yaml").write_text(yaml.safe_dump(settings(held_out=0.3)))
+    raw = {
+        name: project / f"results/paper/data/raw/{name}.parquet"
+        for name in ("train-000", "train-001", "validation-000")
+    }
+
+    killed = kill_in_the_last_shard(project, raw)
+    assert not raw[killed].exists()
+    assert list((project / ".snakemake/locks").iterdir()), "the killed run left no lock: nothing was tested"
+    before = {name: path.stat().st_mtime_ns for name, path in raw.items() if name != killed}
+    (project / "snakemake.log").unlink()
+    assert start(project, TARGET).wait(timeout=300) == 0, (project / "snakemake.log").read_text()
+
+    said = (project / "snakemake.log").read_text()
+    assert re.findall(r"Taking in photos (\S+)", said) == [killed]
+    assert before == {name: raw[name].stat().st_mtime_ns for name in before}
+    taken = [row["id"] for path in raw.values() for row in read_rows(path, RAW)]
+    assert sorted(taken) == [f"{number:02d}" for number in range(60)]
+    assert not [path for path in raw[killed].parent.iterdir() if path not in raw.values()], "a leftover"
 
 
 @pytest.mark.slow

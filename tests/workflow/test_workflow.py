@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from moa.config import merge
 from moa.hashing import ROOT, file_hash
 from tests.training import tiny
-from tests.workflow.conftest import Run
+from tests.workflow.conftest import Run, start
 
 pytestmark = pytest.mark.slow
 
@@ -337,19 +336,9 @@ def prepare(project: Path) -> None:
     (project / "changes.yaml").write_text(yaml.safe_dump(SETTINGS))
 
 
-def start(project: Path) -> subprocess.Popen[bytes]:
-    """Train MoA, make its images, score and tabulate them, in a process group of its own."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "changes.yaml", "--", TABLE]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (project / "snakemake.log").open("ab") as log:
-        return subprocess.Popen(
-            command, cwd=project, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-
-
 def kill_when(project: Path, pattern: str, count: int, seconds: float = 900) -> None:
     """SIGKILL the whole process group once `count` files match `pattern` below the results."""
-    run, deadline = start(project), time.monotonic() + seconds
+    run, deadline = start(project, TABLE), time.monotonic() + seconds
     while len(list((project / "results/tiny").glob(pattern))) < count:
         assert run.poll() is None, (project / "snakemake.log").read_text()
         assert time.monotonic() < deadline, (project / "snakemake.log").read_text()
@@ -359,7 +348,7 @@ def kill_when(project: Path, pattern: str, count: int, seconds: float = 900) -> 
 
 
 def finish(project: Path) -> None:
-    run = start(project)
+    run = start(project, TABLE)
     assert run.wait(timeout=900) == 0, (project / "snakemake.log").read_text()
 
 
@@ -404,6 +393,6 @@ def test_the_same_command_goes_on_after_a_kill(
     assert tables(project).keys() >= {"main.md", "main.tex", "context.csv", "groups.csv"}
     assert tables(project) == tables(unbroken)
 
-    again = start(project)
+    again = start(project, TABLE)
     assert again.wait(timeout=300) == 0
     assert "Nothing to be done" in (project / "snakemake.log").read_text()

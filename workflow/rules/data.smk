@@ -340,14 +340,18 @@ if CONFIG["source"] == "fastcomposer":
 
     ruleorder: archive_records > align
 
+    ARCHIVE = Path(CONFIG["data"]["photos"]["path"])
+
     rule archive_records:
         input:
             raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
             models=models("prior"),
             checked=CHECKED,
+            lists=sorted(map(str, ARCHIVE.glob("image_ids*.txt"))),
         output:
             records=f"{OUT}/data/records/{{split}}-{{shard}}.parquet",
             rejected=f"{OUT}/data/rejected/{{split}}-{{shard}}.parquet",
+            archived=f"{OUT}/data/archived/{{split}}-{{shard}}.parquet",
         log:
             f"{OUT}/logs/archive_records/{{split}}-{{shard}}.log",
         benchmark:
@@ -360,13 +364,14 @@ if CONFIG["source"] == "fastcomposer":
         params:
             config=settings("archive-records"),
             code=code("archive-records"),
-            root=CONFIG["data"]["photos"]["path"],
+            root=str(ARCHIVE),
             files=stamp,
         message:
             "Reading the archive's captions and masks of {wildcards.split}-{wildcards.shard}"
         shell:
             "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
-            " --root {params.root:q} --records {output.records} --rejected {output.rejected} > {log} 2>&1"
+            " --root {params.root:q} --records {output.records} --rejected {output.rejected}"
+            " --archived {output.archived} > {log} 2>&1"
 
 
 rule data_card:
@@ -404,10 +409,14 @@ rule data_card:
 
 rule annotation_errors:
     input:
+        raw=shards("raw", "validation"),
         truth=shards("truth", "validation"),
         captions=shards("captions", "validation"),
         segments=shards("segments", "validation"),
         records=shards("records", "validation"),
+        train=shards("truth", "train"),
+        models=models("prior", "clip_judge"),
+        own=stages.align_files(CONFIG),
     output:
         report(f"{OUT}/tables/annotation.csv", category="Data", caption="../report/annotation.rst"),
     log:
@@ -418,11 +427,13 @@ rule annotation_errors:
         "../../envs/models.yaml"
     threads: 1
     resources:
-        mem_mb=1000,
+        mem_mb=2000,
     params:
+        config=settings("annotation"),
         code=code("annotation"),
     message:
         "Measuring the annotators against the truth"
     shell:
-        "python -m moa annotation --truth {input.truth} --captions {input.captions}"
-        " --segments {input.segments} --records {input.records} --output {output} > {log} 2>&1"
+        "python -m moa annotation --config {params.config:q} --raw {input.raw} --truth {input.truth}"
+        " --captions {input.captions} --segments {input.segments} --records {input.records}"
+        " --train {input.train} --output {output} > {log} 2>&1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def _text(given: Any) -> str:
     return given
 
 
+def _box(given: Any) -> list[int]:
+    """The corners x1, y1, x2, y2 as whole pixels that hold the box. Raises ValueError, TypeError."""
+    corners = list(given)
+    numbers = all(type(corner) in (int, float) and math.isfinite(corner) for corner in corners)
+    if len(corners) != 4 or not numbers:
+        raise ValueError(f"a bbox is four numbers, not {given!r}")
+    return [*map(math.floor, corners[:2]), *map(math.ceil, corners[2:])]
+
+
 def _parsed(about: Any) -> tuple[str, list[Row]]:
     """Caption and segments of an annotation as `RECORD` has them. Raises ValueError, KeyError, TypeError."""
     caption = _text(about["caption"])
@@ -50,14 +60,13 @@ def _parsed(about: Any) -> tuple[str, list[Row]]:
             "word": _text(given["word"]),
             "start": given["start"],
             "end": given["end"],
-            "bbox": list(given["bbox"]),
+            "bbox": _box(given["bbox"]),
             "label": _text(given["coco_label"]),
             "score": None,  # the archive does not say
         }
         numbers = [segment["segment_id"], segment["start"], segment["end"], *segment["bbox"]]
-        whole = all(type(number) is int and abs(number) < 2**31 for number in numbers)
-        if len(segment["bbox"]) != 4 or not whole:
-            raise ValueError(f"ids, offsets and four corners are whole numbers of 32 bits: {given}")
+        if not all(type(number) is int and abs(number) < 2**31 for number in numbers):
+            raise ValueError(f"ids and offsets are whole numbers, and corners numbers, of 32 bits: {given}")
         if not 0 <= segment["start"] < segment["end"] <= len(caption):
             raise ValueError(f"offsets lie outside the caption: {given}")
         segments.append(segment)
