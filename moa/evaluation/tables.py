@@ -296,6 +296,7 @@ METRICS = ("ip", "pc")
 TABLE3 = (
     "method",
     "published_as",
+    "optimization_free",
     *(
         f"{metric}{part}"
         for metric in METRICS
@@ -322,11 +323,11 @@ def table3(rows: Rows, published: Rows) -> Table:
         known = [row for row in published if row.get("ours") == method] or [{}]
         for row in known:
             values = {metric: (measured[metric][method], row.get(metric)) for metric in METRICS}
-            table.append({"method": method, "published_as": _published_as(row)} | _beside(values))
+            table.append({"method": method} | _published_as(row) | _beside(values))
     for row in published:
         if row.get("ours") not in methods:
             values = {f"{metric}_published": row[metric] for metric in METRICS}
-            table.append({"method": "", "published_as": _published_as(row)} | values)
+            table.append({"method": ""} | _published_as(row) | values)
     table += _published_differences(rows, published)
     notes = (
         "Measured less published, with 95 % intervals over subjects of what was measured; published numbers "
@@ -337,8 +338,12 @@ def table3(rows: Rows, published: Rows) -> Table:
     return Table(TABLE3, table, notes)
 
 
-def _published_as(row: Mapping[str, Any]) -> str:
-    return f"{row['method']}: {row['reference']}" if row else ""
+def _published_as(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells of what a reference says of a method beside its numbers; none for an empty row."""
+    if not row:
+        return {}
+    name = f"{row['method']}: {row['reference']}"
+    return {"published_as": name, "optimization_free": row.get("optimization_free")}
 
 
 def _beside(values: Mapping[str, tuple[Interval, float | None]]) -> dict[str, Any]:

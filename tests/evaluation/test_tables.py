@@ -207,6 +207,28 @@ def test_table_3_has_measured_beside_published_and_the_difference(files):
     assert (gap["ip"], gap["ip_low"], gap["ip_difference"]) == ("0.3000", "0.3000", "0.2590")
 
 
+def test_published_rows_are_those_of_the_papers_table_3(files):
+    """Method, OF (as section 2.1 sorts methods), IP and PC."""
+    printed = [
+        ("ELITE", "yes", 0.228, 0.146),
+        ("DreamBooth", "no", 0.273, 0.239),
+        ("Custom-Diffusion", "no", 0.434, 0.233),
+        ("FastComposer", "yes", 0.514, 0.243),
+        ("Subject-Diffusion", "yes", 0.605, 0.228),
+        ("MoA", "yes", 0.555, 0.202),
+    ]
+    samples.write(files / "samples.parquet", make_rows("single", ("prior", "fastcomposer", "moa")))
+    table = read(run(files, files / "tables")["table3.csv"])
+    rows = {r["published_as"]: r for r in table if r["published_as"].endswith("Table 3")}
+    found = [
+        (r["optimization_free"], float(r["ip_published"]), float(r["pc_published"]))
+        for r in (rows[f"{name}: MoA (arXiv 2404.11565), Table 3"] for name, *_ in printed)
+    ]
+    assert found == [tuple(values) for _, *values in printed]
+    elsewhere = [r for r in table if r["published_as"] not in rows]
+    assert elsewhere and not any(r["optimization_free"] for r in elsewhere)
+
+
 def several_trainings():
     """fastcomposer with seeds 0 and 1, moa with 0, 1 and 2, the prior none; IP differs by it alone."""
     rows = []
