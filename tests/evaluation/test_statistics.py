@@ -95,6 +95,14 @@ def test_coverage(design, effects, noise, least, most):
     assert least <= ((low <= 0) & (high >= 0)).mean() <= most
 
 
+@pytest.mark.parametrize("noise", [0.3, 1])
+def test_a_ring_without_second_members_covers_too_little(noise):
+    """Why whom a method was shown instead belongs to its row: each is the wrong subject of another's row."""
+    x = simulated(np.random.default_rng(2), "ring", "normal", noise, 6000)
+    _, low, high = cluster_intervals(x, [(first,) for first, _ in DESIGNS["ring"] for _ in range(4)])
+    assert 0.82 <= ((low <= 0) & (high >= 0)).mean() <= 0.89
+
+
 def test_paired_difference_is_that_of_the_differences():
     rng = np.random.default_rng(3)
     keys = [(name, prompt) for name in SUBJECTS for prompt in range(3)]
