@@ -242,7 +242,7 @@ def by_size(rows: Sequence[Mapping[str, Any]]) -> Table:
                 about = {"kind": kind, "method": method, "images": len(part)}
                 sizes = {"size_from": float(edges[band]), "size_to": float(edges[band + 1])}
                 scores = [row["ip"] for row in part]
-                ip = interval(scores, [row["subjects"] for row in part]) if part else None
+                ip = interval(scores, [row["members"] for row in part]) if part else None
                 table.append(about | sizes | (limits("ip", ip) if ip else {}))
     columns = ("kind", "method", "size_from", "size_to", "images", "ip", "ip_low", "ip_high")
     return Table(columns, table)

@@ -129,7 +129,7 @@ def measure_row(row: Mapping[str, Any], metric: str, value: float | None, **chan
     if value is not None:
         group = row.get("prompt_group", "")
         about = {name: row[name] for name in ("method", "split", "kind")} | {"group": group}
-        own = changes or {"unit": unit_of(row), "members": row["subjects"]}
+        own = changes or {"unit": unit_of(row), "members": row["members"]}
         yield {"metric": metric, "value": float(value), **about, **own}
 
 
@@ -161,7 +161,7 @@ def of_swaps(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, 
     for one, other in context.swaps([row for row in rows if len(row["subjects"]) == 1]):
         wanted = np.stack([references[row["subject"]].identity[0] for row in (one, other)])
         faces = np.stack([first_face(seen[row["path"]], wanted.shape[1]) for row in (one, other)])
-        members = [one["subject"], other["subject"]]
+        members = sorted({*one["members"], *other["members"]})
         unit = unit_of(one, other["subject"])
         for metric, value in swapped(faces, wanted).items():
             yield from measure_row(one, metric, value, unit=unit, members=members)
@@ -202,7 +202,7 @@ def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
         }
         unit = f"{unit_of(one)}-{other['index']}"
         for metric, value in values.items():
-            yield from measure_row(one, metric, value, unit=unit, members=one["subjects"])
+            yield from measure_row(one, metric, value, unit=unit, members=one["members"])
 
 
 def of_kept(rows: Rows) -> Iterator[Row]:
@@ -220,7 +220,7 @@ def of_preserved(rows: Rows) -> Iterator[Row]:
             same, noise = row[metric], row[f"noise_{metric}"]
             yield from measure_row(row, f"prior_{metric}", same)
             if same is not None and noise is not None:
-                members = sorted({*row["subjects"], *row["noise_subjects"]})
+                members = sorted({*row["members"], *row["noise_subjects"]})
                 about = {"unit": unit_of(row), "members": members}
                 yield from measure_row(row, f"seed_{metric}", same - noise, **about)
 
@@ -231,7 +231,7 @@ def of_router(rows: Rows) -> Iterator[Row]:
     Images in which nobody, or nothing but people, was found have no values.
     """
     for own in filter(is_whole, by_image(rows)):
-        row = {**own[0], "method": "moa", "split": "validation"}
+        row = {**own[0], "method": "moa", "split": "validation", "members": own[0]["subjects"]}
         for metric, value in _router_values(own).items():
             yield from measure_row(row, metric, value)
 
@@ -351,7 +351,7 @@ class Values:
     def less(self, other: Values) -> Values:
         """The paired differences, of the units that both have."""
         units = self.common(other)
-        return Values({u: self.of[u] - other.of[u] for u in units}, {u: self.members[u] for u in units})
+        return Values({u: self.of[u] - other.of[u] for u in units}, self._everyone(other, units))
 
     def minus(self, other: Values) -> Interval:
         """Mean paired difference over the units that both have. Raises ValueError if there are none."""
@@ -361,7 +361,11 @@ class Values:
         """Ratio of the means over the units that both have. Raises ValueError for none, or a mean of 0."""
         units = self.common(other)
         own, others = ([values.of[unit] for unit in units] for values in (self, other))
-        return ratio(own, others, [self.members[unit] for unit in units])
+        return ratio(own, others, list(self._everyone(other, units).values()))
+
+    def _everyone(self, other: Values, units: Sequence[str]) -> dict[str, Sequence[str]]:
+        """The members of these units on either side; methods may have been shown different people."""
+        return {unit: sorted({*self.members[unit], *other.members[unit]}) for unit in units}
 
     def beyond(self, other: Values) -> Interval:
         """Difference of the means over units of their own, such as those of two groups of prompts."""

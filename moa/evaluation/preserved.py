@@ -25,7 +25,7 @@ from moa.evaluation.samples import Row
 
 Mask = NDArray[np.bool_]
 
-_SAME = ("method", "train_seed", "split", "kind", "subject", "subjects", "prompt_id", "prompt_group", "index")
+_SAME = ("method", "train_seed", "split", "kind", "subject", "members", "prompt_id", "prompt_group", "index")
 _LIKENESS = ("psnr", "ssim", "lpips", "layout")
 PRESERVED = pa.schema(
     [
@@ -34,7 +34,7 @@ PRESERVED = pa.schema(
         *(pa.field(f"noise_{name}", pa.float64()) for name in _LIKENESS),  # and of other noise
         pa.field("noise_subjects", pa.list_(pa.string())),  # whose request has that noise; null if none has
     ],
-    metadata={"moa_schema": "preserved/3"},
+    metadata={"moa_schema": "preserved/4"},
 )
 
 

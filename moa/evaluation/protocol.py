@@ -159,7 +159,7 @@ def _split(path: str | Path, name: str, data: Any) -> Split:
     _keys(path, name, data, required=("subjects", "kinds"))
     subjects = data["subjects"]
     words = _words(path, name, subjects)
-    subjects = list(words) if words else subjects
+    subjects = sorted(words) if words else subjects  # in FastComposer's pairs, too, the lower id comes first
     if isinstance(subjects, list) and all(isinstance(s, str) for s in subjects):
         if len(set(subjects)) != len(subjects) or not subjects:
             raise ValueError(f"{path}: {name}.subjects must name at least one subject, and each only once")

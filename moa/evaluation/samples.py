@@ -43,6 +43,7 @@ _MADE: dict[str, pa.DataType] = {
 }
 _SAMPLE: dict[str, pa.DataType] = {
     **_MADE,
+    "members": _TEXTS,  # all on whose looks the scores depend: the subjects, and who was shown in their place
     "ip": pa.float64(),  # identity preservation, 0..1
     "ip_color": pa.float64(),  # the same by mean colours instead of a network: what any judge must beat
     "pc": pa.float64(),  # prompt consistency, a cosine
@@ -77,7 +78,7 @@ def _schema(
 
 REQUEST = _schema("request", _REQUEST)
 MADE = _schema("made", _MADE, optional=("train_seed",))
-SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",))
+SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",), version=2)
 KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim", "lpips"), version=2)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moa.baselines.wrong_subject import WrongSubject
 from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.data.subjects import read_subjects
@@ -17,6 +18,7 @@ from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
 from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
 from moa.evaluation.samples import KEPT, MADE, SAMPLE, Row
+from moa.methods import Subject, wrong_subjects
 
 
 def score(
@@ -41,16 +43,16 @@ def score(
         DataError: a broken image, a subject without photo, or a reference without a face.
     """
     rows = sorted(samples.read(made, MADE), key=samples.sort_key)
-    photos = {name: s.image for name, s in read_subjects(subjects).items()}
+    people = read_subjects(subjects)
+    photos = {name: subject.image for name, subject in people.items()}
     judges = Judges(config)
     references = reference_features(judges, photos, {name for row in rows for name in row["subjects"]})
     seen = features.look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True)) if prompts else {}
     features.write(features_out, seen)
-    samples.write(
-        samples_out, [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows]
-    )
+    scored = [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows]
+    samples.write(samples_out, [row | {"members": members(row, people)} for row in scored])
 
 
 def reference_features(
@@ -71,8 +73,16 @@ def reference_features(
     return found
 
 
+def members(row: Row, people: Mapping[str, Subject]) -> list[str]:
+    """On whose looks a row's scores depend: its subjects, and those whom the method showed in their place."""
+    if row["method"] != WrongSubject.name:
+        return list(row["subjects"])
+    shown = wrong_subjects([people[name] for name in row["subjects"]], list(people.values()))
+    return [*row["subjects"], *(subject.id for subject in shown)]
+
+
 def score_row(row: Row, seen: Features, references: Mapping[str, Features], text: Any) -> Row:
-    """The `SAMPLE` row of a `MADE` row; each reference counts with its largest face."""
+    """A `MADE` row with its scores; each reference counts with its largest face."""
     wanted = [references[name] for name in row["subjects"]]
     scored = score_identity(np.stack([r.identity[0] for r in wanted]), seen.identity, seen.face_sizes)
     colored = score_identity(np.stack([r.color[0] for r in wanted]), seen.color, seen.face_sizes)
@@ -134,7 +144,7 @@ def _kept_row(
     return {
         **{name: one[name] for name in same},
         "other": other["subject"],
-        "members": sorted({*one["subjects"], *other["subjects"]}),
+        "members": sorted({*one["members"], *other["members"]}),
         "psnr": alike.psnr if alike else None,
         "ssim": alike.ssim if alike else None,
         "lpips": alike.lpips if alike else None,

@@ -95,7 +95,7 @@ def alike(
         if kept is None:
             return
         more = (other["subject"],) if metric == "swap" else ()
-        about = {"unit": unit_of(one, *more), "members": sorted({*one["subjects"], *other["subjects"]})}
+        about = {"unit": unit_of(one, *more), "members": sorted({*one["members"], *other["members"]})}
         yield from measure_row(one, f"{metric}_psnr_shared", kept.psnr, **about)
         yield from measure_row(one, f"{metric}_ssim_shared", kept.ssim, **about)
         yield from measure_row(one, f"{metric}_lpips_shared", kept.lpips, **about)

@@ -130,7 +130,7 @@ def limits(name: str, value: Interval) -> dict[str, float]:
 
 def mean_of(rows: Rows, metric: str) -> Interval:
     """Mean over images of a column of samples, with its interval over subjects."""
-    return interval([row[metric] for row in rows], [row["subjects"] for row in rows])
+    return interval([row[metric] for row in rows], [row["members"] for row in rows])
 
 
 def quality(rows: Rows, published: Rows = ()) -> Table:
@@ -162,6 +162,14 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["subject"], row["prompt_id"], row["index"]
 
 
+def _members(*methods: Rows) -> dict[tuple[Any, ...], list[str]]:
+    """On whose looks the rows of each request depend, of all these methods."""
+    members: dict[tuple[Any, ...], set[str]] = {}
+    for row in (row for rows in methods for row in rows):
+        members.setdefault(_key(row), set()).update(row["members"])
+    return {key: sorted(names) for key, names in members.items()}
+
+
 def _per_request(rows: Rows, metric: str) -> dict[tuple[Any, ...], float]:
     """A metric by request, averaged over training seeds, so that methods can be paired."""
     values: dict[tuple[Any, ...], list[float]] = {}
@@ -172,11 +180,11 @@ def _per_request(rows: Rows, metric: str) -> dict[tuple[Any, ...], float]:
 
 def differences(rows: Rows, kind: str, metrics: Sequence[str] = ("ip", "pc")) -> Table:
     """Paired differences between all methods over the same requests: later method − earlier one."""
-    members = {_key(row): row["subjects"] for row in rows}
-    table = []
+    methods, table = by_method(rows), []
     for metric in metrics:
-        values = {method: _per_request(own, metric) for method, own in by_method(rows).items()}
+        values = {method: _per_request(own, metric) for method, own in methods.items()}
         for reference, method in combinations(values, 2):
+            members = _members(methods[method], methods[reference])
             paired = difference(values[method], values[reference], members)
             row = {
                 "kind": kind,
@@ -202,16 +210,17 @@ def differences(rows: Rows, kind: str, metrics: Sequence[str] = ("ip", "pc")) ->
 def progress(rows: Rows, kind: str) -> Table:
     """How far IP gets from the prior (0) to the ceiling (1), with an interval; empty without these two."""
     columns = ("kind", "method", "way", "way_low", "way_high")
-    values = {method: _per_request(own, "ip") for method, own in by_method(rows).items()}
+    methods = by_method(rows)
+    values = {method: _per_request(own, "ip") for method, own in methods.items()}
     if not {"prior", "ceiling"} <= set(values):
         return Table(columns, [])
-    members = {_key(row): row["subjects"] for row in rows}
     keys = sorted(values["prior"])
     span = [values["ceiling"][k] - values["prior"][k] for k in keys]
     table = []
     for method, own in values.items():
         if method not in ("prior", "ceiling"):
             gained = [own[k] - values["prior"][k] for k in keys]
+            members = _members(methods[method], methods["prior"], methods["ceiling"])
             table.append(
                 {"kind": kind, "method": method}
                 | limits("way", ratio(gained, span, [members[k] for k in keys]))
@@ -300,6 +309,7 @@ METRICS = ("ip", "pc")
 TABLE3 = (
     "method",
     "published_as",
+    "optimization_free",
     *(
         f"{metric}{part}"
         for metric in METRICS
@@ -326,11 +336,11 @@ def table3(rows: Rows, published: Rows) -> Table:
         known = [row for row in published if row.get("ours") == method] or [{}]
         for row in known:
             values = {metric: (measured[metric][method], row.get(metric)) for metric in METRICS}
-            table.append({"method": method, "published_as": _published_as(row)} | _beside(values))
+            table.append({"method": method} | _published_as(row) | _beside(values))
     for row in published:
         if row.get("ours") not in methods:
             values = {f"{metric}_published": row[metric] for metric in METRICS}
-            table.append({"method": "", "published_as": _published_as(row)} | values)
+            table.append({"method": ""} | _published_as(row) | values)
     table += _published_differences(rows, published)
     notes = (
         "Measured less published, with 95 % intervals over subjects of what was measured; published numbers "
@@ -341,8 +351,12 @@ def table3(rows: Rows, published: Rows) -> Table:
     return Table(TABLE3, table, notes)
 
 
-def _published_as(row: Mapping[str, Any]) -> str:
-    return f"{row['method']}: {row['reference']}" if row else ""
+def _published_as(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Cells of what a reference says of a method beside its numbers; none for an empty row."""
+    if not row:
+        return {}
+    name = f"{row['method']}: {row['reference']}"
+    return {"published_as": name, "optimization_free": row.get("optimization_free")}
 
 
 def _beside(values: Mapping[str, tuple[Interval, float | None]]) -> dict[str, Any]:
@@ -358,7 +372,7 @@ def _beside(values: Mapping[str, tuple[Interval, float | None]]) -> dict[str, An
 
 def _published_differences(rows: Rows, published: Rows) -> list[dict[str, Any]]:
     """Paired differences of two methods that the same reference has numbers of, beside those."""
-    members, methods, table = {_key(row): row["subjects"] for row in rows}, by_method(rows), []
+    methods, table = by_method(rows), []
     for one, other in combinations([row for row in published if row.get("ours") in methods], 2):
         if one["reference"] != other["reference"] or one["ours"] == other["ours"]:
             continue
@@ -366,6 +380,7 @@ def _published_differences(rows: Rows, published: Rows) -> list[dict[str, Any]]:
         values = {}
         for metric in METRICS:
             own, minus = (_per_request(methods[row["ours"]], metric) for row in (first, second))
+            members = _members(methods[first["ours"]], methods[second["ours"]])
             values[metric] = difference(own, minus, members), first[metric] - second[metric]
         names = f"{first['method']} − {second['method']}: {first['reference']}"
         table.append(
@@ -398,7 +413,7 @@ def trainings(rows: Rows, kind: str) -> Table:
     a difference over all choices of a training of either, with the root of the two variances' sum as sd. Two
     methods that use the same weights are compared training by training.
     """
-    members, methods = {_key(row): row["subjects"] for row in rows}, by_method(rows)
+    methods = by_method(rows)
     table: list[dict[str, Any]] = []
     for metric in METRICS:
         means = {method: _means_of_trainings(own, metric) for method, own in methods.items()}
@@ -411,6 +426,7 @@ def trainings(rows: Rows, kind: str) -> Table:
             if max(len(means[method]), len(means[reference])) > 1:
                 own, other = (_per_request(methods[name], metric) for name in (method, reference))
                 row = {"kind": kind, "metric": metric, "method": method, "minus": reference}
+                members = _members(methods[method], methods[reference])
                 value = limits("value", difference(own, other, members))
                 table.append(row | value | _spread_apart(means, method, reference))
     notes = (

@@ -47,6 +47,7 @@ def make_rows(
                     "path": f"test/{kind}/{'+'.join(members)}.{prompt}.png",
                 }
                 scores = {
+                    "members": list(members),
                     "ip": 0.2 + 0.3 * m + 0.02 * s - 0.01 * prompt,
                     "ip_color": 0.1,
                     "pc": 0.25 - 0.01 * m + 0.001 * s,

@@ -38,7 +38,7 @@ def trial(tmp_path):
         same = [{key: row[key] for key in PRESERVED.names if key in row} for row in rows]
         likeness = {"psnr": 20.0, "ssim": 0.4 + kept, "lpips": None, "layout": 0.5}
         noise = {"noise_psnr": 10.0, "noise_ssim": 0.4, "noise_lpips": None, "noise_layout": 0.5}
-        preserved = [row | likeness | noise | {"noise_subjects": row["subjects"]} for row in same]
+        preserved = [row | likeness | noise | {"noise_subjects": row["members"]} for row in same]
         write_rows(tmp_path / name / "preserved.parquet", preserved, PRESERVED)
         return f"moa/{name}={tmp_path / name}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from facenet_pytorch import MTCNN, InceptionResnetV1, fixed_image_standardizatio
 from facenet_pytorch.models.utils.detect_face import extract_face
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from PIL import Image, ImageEnhance
 from skimage.data import astronaut
 
@@ -36,15 +37,47 @@ def unit(*angles: float) -> np.ndarray:
     return np.array([[np.cos(a), np.sin(a)] for a in np.radians(angles)])
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
-def test_greedy_matching_equals_brute_force(seed, size):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 4))
+def test_greedy_matching_equals_brute_force(seed, rows, columns):
     """Greedy is the matching whose similarities, sorted from the best down, come first in the alphabet."""
-    similarity = np.random.default_rng(seed).normal(size=(size, size))
-    best = max(
-        permutations(range(size)),
-        key=lambda p: sorted((similarity[i, j] for i, j in enumerate(p)), reverse=True),
+    similarity = np.random.default_rng(seed).normal(size=(rows, columns))
+    size = min(rows, columns)
+    matchings = (
+        list(zip(chosen, order, strict=True))
+        for chosen in combinations(range(rows), size)
+        for order in permutations(range(columns), size)
     )
-    assert sorted(greedy_pairs(similarity)) == list(enumerate(best))
+    best = max(matchings, key=lambda pairs: sorted((similarity[pair] for pair in pairs), reverse=True))
+    assert sorted(greedy_pairs(similarity)) == sorted(best)
+
+
+@given(arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(-1, 1)))
+def test_ties_go_to_the_first_in_reading_order(similarity):
+    pairs: list[tuple[int, int]] = []
+    for row, column in sorted(np.ndindex(similarity.shape), key=lambda at: (-similarity[at], at)):
+        if all(row != r and column != c for r, c in pairs):
+            pairs.append((row, column))
+    assert greedy_pairs(similarity) == pairs
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(0, 5))
+def test_score_is_the_worst_of_the_matched_largest_faces(seed, subjects, faces):
+    """With more faces than subjects, and with fewer, against all matchings."""
+    rng = np.random.default_rng(seed)
+    references, seen = (identity.unit(rng.normal(size=(n, 3))) for n in (subjects, faces))
+    sizes = np.sort(rng.uniform(size=faces))[::-1]
+    found = score(references, seen, sizes)
+    assert (found.found, found.faces) == (faces >= subjects, faces)
+    if faces < subjects:
+        assert (found.ip, found.face_size) == (0, 0)
+        return
+    matchings = [
+        [float(r @ seen[i]) for r, i in zip(references, p, strict=True)]
+        for p in permutations(range(subjects))
+    ]
+    expected = min(max(matchings, key=lambda matching: sorted(matching, reverse=True)))
+    assert found.ip == pytest.approx(max(expected, 0), abs=1e-12)
+    assert found.face_size == sizes[subjects - 1]
 
 
 def test_single_takes_the_largest_face():
@@ -140,6 +173,24 @@ def test_ip_of_a_photograph_equals_facenet_pytorch(facenet, photo):
     assert 0 < scored.face_size < 0.2
     assert 0.1 < expected < 0.99
     assert scored.ip == pytest.approx(expected, abs=1e-5)
+
+
+def test_batches_change_neither_faces_nor_vectors(facenet, photo):
+    """Photos of two sizes, one without a face, together and one by one, with the package's own networks."""
+    path, _ = facenet
+    turned = photo.rotate(8, Image.Resampling.BICUBIC)
+    photos = [photo, Image.new("RGB", (512, 512), "gray"), photo.crop((90, 0, 400, 300)), turned]
+    detector = MTCNNDetector()
+    embedder = FaceNetEmbedder(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    together = detector.detect(photos)
+    alone = [detector.detect([each])[0] for each in photos]
+    assert [len(found.boxes) > 0 for found in together] == [True, False, True, True]
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.boxes, other.boxes, atol=1e-3)
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+    crops = [crop(each, box) for each, found in zip(photos, together, strict=True) for box in found.boxes]
+    vectors = [embedder.embed([each])[0] for each in crops]
+    np.testing.assert_allclose(embedder.embed(crops), vectors, atol=1e-5)
 
 
 def test_facenet_weights_are_checked(facenet, tmp_path):

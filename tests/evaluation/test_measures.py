@@ -247,8 +247,23 @@ def test_groups_are_compared_by_their_means():
     assert astuple(values[0].beyond(values[1])) == pytest.approx(astuple(expected))
 
 
+def test_comparisons_belong_to_whom_either_method_was_shown():
+    units = ["s0/p/0", "s1/p/0", "s2/p/0"]
+    alone = {unit: [unit[:2]] for unit in units}
+    own = measures.Values(dict(zip(units, [0.9, 0.8, 0.6], strict=True)), alone)
+    ring = {unit: [unit[:2], f"s{(n + 1) % 3}"] for n, unit in enumerate(units)}
+    wrong = measures.Values(dict(zip(units, [0.4, 0.1, 0.2], strict=True)), ring)
+    assert (
+        own.less(wrong).members
+        == wrong.less(own).members
+        == {unit: sorted(names) for unit, names in ring.items()}
+    )
+    assert np.isnan(own.over(wrong).low)  # of any two of these three, one person is in both
+    assert not np.isnan(own.over(own).low)
+
+
 def test_floors_belong_to_their_subjects_too():
-    about = {"method": "moa", "split": "test", "kind": "single", "subject": "s0", "subjects": ["s0"]}
+    about = {"method": "moa", "split": "test", "kind": "single", "subject": "s0", "members": ["s0"]}
     likeness = {
         "psnr": 3.0,
         "ssim": 0.9,

@@ -11,9 +11,120 @@ import yaml
 from evaluation_fakes import people
 
 from moa.evaluation import samples
-from moa.evaluation.protocol import Kind, Prompt, image_seed, load, requests, spread_by_word, subject_sets
+from moa.evaluation.protocol import (
+    EvaluationProtocol,
+    Kind,
+    Prompt,
+    Split,
+    image_seed,
+    load,
+    requests,
+    spread_by_word,
+    subject_sets,
+)
 
 PAPER, MINIATURE = Path("config/protocol/paper.yaml"), Path("config/protocol/miniature.yaml")
+
+
+SUBJECTS = {
+    "000001/000000023": "man", "000181/000000021": "man", "000268/000000032": "man",
+    "000612/000000010": "woman", "000667/000000017": "woman", "001603/000000034": "woman",
+    "001854/000000015": "man", "002088/000000040": "woman", "002464/000000018": "woman",
+    "002782/000000020": "man", "002880/000000001": "woman", "002929/000000019": "woman",
+    "002937/000000002": "woman", "003785/000000013": "man", "004153/000000006": "woman",
+}  # fmt: skip
+PROMPTS = {  # FastComposer's, and the paper's Table 2, of a man or of a man and a woman
+    "single": """
+        a man wearing a red hat
+        a man wearing a santa hat
+        a man wearing a rainbow scarf
+        a man wearing a black top hat and a monocle
+        a man in a chef outfit
+        a man in a firefighter outfit
+        a man in a police outfit
+        a man wearing pink glasses
+        a man wearing a yellow shirt
+        a man in a purple wizard outfit
+        a painting of a man in the style of Banksy
+        a painting of a man in the style of Vincent Van Gogh
+        a colorful graffiti painting of a man
+        a watercolor painting of a man
+        a Greek marble sculpture of a man
+        a street art mural of a man
+        a black and white photograph of a man
+        a pointillism painting of a man
+        a Japanese woodblock print of a man
+        a street art stencil of a man
+        a man riding a horse
+        a man holding a glass of wine
+        a man holding a piece of cake
+        a man giving a lecture
+        a man reading a book
+        a man gardening in the backyard
+        a man cooking a meal
+        a man working out at the gym
+        a man walking the dog
+        a man baking cookies
+        a man in the jungle
+        a man in the snow
+        a man on the beach
+        a man on a cobblestone street
+        a man on top of pink fabric
+        a man on top of a wooden floor
+        a man with a city in the background
+        a man with a mountain in the background
+        a man with a blue house in the background
+        a man on top of a purple rug in a forest
+    """,
+    "multi": """
+        a painting of a man and a woman together in the style of Banksy
+        a painting of a man and a woman together in the style of Vincent Van Gogh
+        a watercolor painting of a man and a woman together
+        a street art mural of a man and a woman together
+        a black and white photograph of a man and a woman together
+        a pointillism painting of a man and a woman together
+        a Japanese woodblock print of a man and a woman together
+        a photo of a man and a woman gardening in the backyard together
+        a photo of a man and a woman cooking a meal together
+        a photo of a man and a woman sitting in a park together
+        a photo of a man and a woman working out at the gym together
+        a photo of a man and a woman baking cookies together
+        a photo of a man and a woman posing for a selfie together
+        a photo of a man and a woman making funny faces for a photo booth together
+        a photo of a man and a woman playing a musical duet together
+        a photo of a man and a woman together in the jungle
+        a photo of a man and a woman together in the snow
+        a photo of a man and a woman together on the beach
+        a photo of a man and a woman together with a city in the background
+        a photo of a man and a woman together with a mountain in the background
+        a photo of a man and a woman together with a blue house in the background
+    """,
+    "table2_single": """
+        a man in a laboratory
+        a man riding a bike
+        a portrait photo of a man dressed as a cowboy in the wild west, in from of a saloon, \
+very high quality, professional photo, beautiful lighting, 8k
+        a close up portrait photo of a man dressed in a space suit without helmet, on Mars, \
+in front of spacehip, beautiful starry sky, very high quality, professional photo, beautiful lighting, 8k
+        a portrait photo of a man as a race car driver, very high quality, professional photo, \
+beautiful lighting, 8k
+    """,
+    "table2_multi": """
+        a man and a woman in the style of Van Gogh painting
+        a man and a woman sitting on a sofa
+        a man and a woman reading a book
+        a man and a woman in Paris, shaking hands, with the Eiffel Tower in the background
+        a man and a woman standing on a mountain
+        a man and a woman running in a park
+        a man and a woman in a lavendar farm
+    """,
+}
+GROUPS = {
+    "single": {"accessory": 10, "style": 10, "action": 10, "context": 10},
+    "multi": {"style": 7, "action": 8, "context": 6},
+    "table2_single": {"table2": 5},
+    "table2_multi": {"table2": 7},
+}
 
 
 class Person:
@@ -27,28 +138,31 @@ def paper():
 
 
 def celebrities() -> list[Person]:
-    listed = yaml.safe_load(PAPER.read_text())["test"]["subjects"]
-    names = [*listed["man"], *listed["woman"]]
-    return [Person(name, "man" if n < 6 else "woman") for n, name in enumerate(names)]
+    return [Person(name, word) for name, word in SUBJECTS.items()]
 
 
-def test_paper_asks_for_the_published_numbers_of_images(paper):
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_paper_has_the_published_prompts(paper, kind):
+    part = paper.kind("test", kind)
+    filled = [prompt.fill(["man", "woman"][: prompt.subjects])[0] for prompt in part.prompts]
+    assert filled == [line.strip() for line in PROMPTS[kind].strip().splitlines()]
+    assert Counter(prompt.group for prompt in part.prompts) == GROUPS[kind]
+    assert part.images == 4
+
+
+def test_paper_has_the_published_subjects_and_images(paper):
+    assert dict(paper.split("test").words) == SUBJECTS
     single = requests(paper, celebrities(), "single")
     multi = requests(paper, celebrities(), "multi")
     assert (len(single), len(multi)) == (15 * 40 * 4, 105 * 21 * 4) == (2400, 8820)
-    assert Counter(row["prompt_group"] for row in single) == dict.fromkeys(
-        ("accessory", "style", "action", "context"), 600
-    )
-    per_pair = Counter(row["prompt_group"] for row in multi if row["subject"] == multi[0]["subject"])
-    assert per_pair == {"style": 7 * 4, "action": 8 * 4, "context": 6 * 4}
 
 
-def test_table_2_has_twelve_prompts(paper):
-    kinds = paper.split("test").kinds
-    assert len(kinds["table2_single"].prompts) + len(kinds["table2_multi"].prompts) == 12
-    assert kinds["table2_multi"].prompts[0].fill(["man", "woman"])[0] == (
-        "a man and a woman in the style of Van Gogh painting"
-    )
+def test_pairs_name_their_subjects_in_the_order_of_ids_as_fastcomposer_does(paper):
+    rows = requests(paper, celebrities(), "multi")
+    assert all(row["subjects"] == sorted(row["subjects"]) for row in rows)
+    assert all(row["words"] == [SUBJECTS[name] for name in row["subjects"]] for row in rows)
+    both = next(r for r in rows if r["subjects"] == ["000612/000000010", "001854/000000015"])
+    assert both["prompt"] == "a painting of a woman and a man together in the style of Banksy"
 
 
 def test_rows_fit_the_schema_and_spans_hit_the_words(paper, tmp_path):
@@ -65,8 +179,15 @@ def test_seed_is_a_function_of_subject_prompt_and_index(paper):
     assert len({row["seed"] for row in rows}) == len(rows)
     digest = hashlib.sha256(b"a/1\na {S} on the beach\n3").digest()
     assert image_seed("a/1", "a {S} on the beach", 3) == int.from_bytes(digest[:4], "big")
-    fewer = requests(paper, celebrities(), "single")
-    assert {r["path"]: r["seed"] for r in rows} == {r["path"]: r["seed"] for r in reversed(fewer)}
+    single = paper.kind("test", "single")
+    fewer = Kind(
+        single.prompts[:0:-3], 2
+    )  # other prompts before it, images and subjects around it: the same seed
+    part = Split(tuple(SUBJECTS)[::-2], {"single": fewer})
+    seeds = {(row["subject"], row["prompt"], row["index"]): row["seed"] for row in rows}
+    again = requests(EvaluationProtocol("part", {"test": part}), celebrities(), "single")
+    assert len(again) == 8 * 13 * 2
+    assert all(seeds[row["subject"], row["prompt"], row["index"]] == row["seed"] for row in again)
 
 
 def test_swap_shares_noise_between_subjects_only(paper):

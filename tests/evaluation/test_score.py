@@ -60,6 +60,18 @@ def test_scores_follow_the_images(results, subjects_file):
     assert (half["ip"], half["found"]) == (0, False)
 
 
+def test_members_are_the_subjects_and_whom_the_method_was_shown(results, subjects_file):
+    made = samples.read(results / "made.parquet", MADE)
+    wrong = [row | {"method": "moa_wrong_subject"} for row in made if row["kind"] != "swap"]
+    samples.write(results / "made.parquet", [*made, *wrong], MADE)
+    rows = {(r["method"], r["kind"], r["subject"]): r["members"] for r in run(results, subjects_file)}
+    assert rows["moa", "single", "s0"] == ["s0"]
+    assert rows["moa_wrong_subject", "single", "s0"] == ["s0", "s2"]  # the next of the same word
+    assert rows["moa_wrong_subject", "single", "s5"] == ["s5", "s1"]
+    assert rows["moa", "multi", "s0+s1"] == ["s0", "s1"]
+    assert rows["moa_wrong_subject", "multi", "s0+s1"] == ["s0", "s1", "s2", "s3"]
+
+
 def test_scoring_again_gives_the_same_bytes(results, subjects_file):
     run(results, subjects_file)
     before = [(results / name).read_bytes() for name in ("samples.parquet", "features.parquet")]

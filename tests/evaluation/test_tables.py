@@ -15,6 +15,7 @@ from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.evaluation import samples, tables
 from moa.evaluation.samples import KEPT
+from moa.evaluation.statistics import interval
 
 PUBLISHED = "config/published.yaml"
 
@@ -206,6 +207,52 @@ def test_table_3_has_measured_beside_published_and_the_difference(files):
     (gap,) = [r for r in table if "−" in r["method"]]  # of the one reference that has both
     assert (gap["method"], gap["ip_published"]) == ("moa − fastcomposer", "0.0410")
     assert (gap["ip"], gap["ip_low"], gap["ip_difference"]) == ("0.3000", "0.3000", "0.2590")
+
+
+def test_published_rows_are_those_of_the_papers_table_3(files):
+    """Method, OF (as section 2.1 sorts methods), IP and PC."""
+    printed = [
+        ("ELITE", "yes", 0.228, 0.146),
+        ("DreamBooth", "no", 0.273, 0.239),
+        ("Custom-Diffusion", "no", 0.434, 0.233),
+        ("FastComposer", "yes", 0.514, 0.243),
+        ("Subject-Diffusion", "yes", 0.605, 0.228),
+        ("MoA", "yes", 0.555, 0.202),
+    ]
+    samples.write(files / "samples.parquet", make_rows("single", ("prior", "fastcomposer", "moa")))
+    table = read(run(files, files / "tables")["table3.csv"])
+    rows = {r["published_as"]: r for r in table if r["published_as"].endswith("Table 3")}
+    found = [
+        (r["optimization_free"], float(r["ip_published"]), float(r["pc_published"]))
+        for r in (rows[f"{name}: MoA (arXiv 2404.11565), Table 3"] for name, *_ in printed)
+    ]
+    assert found == [tuple(values) for _, *values in printed]
+    elsewhere = [r for r in table if r["published_as"] not in rows]
+    assert elsewhere and not any(r["optimization_free"] for r in elsewhere)
+
+
+def test_whom_a_method_was_shown_belongs_to_its_intervals(files):
+    """A wrong subject is the subject of another row, so that these two rows share a person."""
+    rng = np.random.default_rng(0)
+    rows = make_rows("single", ("moa", "moa_wrong_subject"))
+    for row in rows:
+        row["ip"] = float(rng.uniform())
+        if row["method"] == "moa_wrong_subject":
+            row["members"] = [row["subject"], f"s{(int(row['subject'][1]) + 1) % 6}"]
+    samples.write(files / "samples.parquet", rows)
+    made = run(files, files / "tables")
+    main = {r["method"]: r for r in read(made["main.csv"]) if r["source"] == "measured"}
+    moa, wrong = ([r for r in rows if r["method"] == m] for m in ("moa", "moa_wrong_subject"))
+    values = [[r["ip"] for r in part] for part in (moa, wrong)]
+    less = [b - a for a, b in zip(*values, strict=True)]
+    (gap,) = [r for r in read(made["differences.csv"]) if r["metric"] == "ip"]
+    for row, name, value, part in (
+        (main["moa"], "ip", values[0], moa),
+        (main["moa_wrong_subject"], "ip", values[1], wrong),
+        (gap, "difference", less, wrong),
+    ):
+        expected = interval(value, [r["members"] for r in part])
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == (f"{expected.low:.4f}", f"{expected.high:.4f}")
 
 
 def several_trainings():
