@@ -195,6 +195,14 @@ STAGES: dict[str, Stage] = {
         "models.lpips",
         DEVICE,
     ),
+    "fetch-identity": Stage(
+        "moa.evaluation.weights:fetch_identity", "download the weights of IP's network", "models.identity"
+    ),
+    "lock-models": Stage(
+        "moa.evaluation.weights:lock",
+        "hold weights that no hub pins against their lock",
+        shared={"identity": "models.identity", "lpips": "models.lpips"},
+    ),
     "look-at-references": Stage(
         "moa.evaluation.references:look", "look at the subjects' photos", "evaluate.score", JUDGES | DEVICE
     ),
@@ -403,11 +411,28 @@ def methods(config: Config) -> dict[str, list[str]]:
     return made
 
 
+def weights(config: Config, role: str) -> list[str]:
+    """Files of weights that no hub pins, there or not, of the role `identity` or `lpips`; none of another.
+
+    Raises ValueError naming a key that is missing.
+    """
+    model = config["models"][role]
+    if role == "lpips":
+        return [model[key] for key in ("id", "heads") if model.get(key)]
+    if role != "identity" or model.get("kind", "facenet") != "facenet":
+        return []
+    if not model.get("id"):
+        raise ValueError("models.identity: kind facenet needs the key id, the weights file")
+    return [model["id"]]
+
+
 def model_files(config: Config, role: str) -> list[str]:
     """Files of the model that plays `role`, sorted; none for one of the hub, whose revision is a setting.
 
     Raises FileNotFoundError naming the key if it should lie below `weights` and does not.
     """
+    if locked := weights(config, role):
+        return locked
     source = config["models"][role].get("id")
     if source is None:
         return []

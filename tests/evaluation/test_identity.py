@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from itertools import permutations
 
 import numpy as np
@@ -104,7 +103,7 @@ def facenet(tmp_path_factory):
 
 def test_facenet_embedding_equals_facenet_pytorch(facenet, photo):
     path, network = facenet
-    embedder = FaceNetEmbedder(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    embedder = FaceNetEmbedder(path)
     boxes = [[150.7, 60.2, 260.9, 190.4], [10, 20, 90, 80]]
     faces = torch.stack([fixed_image_standardization(extract_face(photo, np.array(b), 160)) for b in boxes])
     with torch.inference_mode():
@@ -128,7 +127,7 @@ def test_ip_of_a_photograph_equals_facenet_pytorch(facenet, photo):
         vectors = [torch.nn.functional.normalize(network(package(i)[None]))[0] for i in (photo, drawn)]
     expected = float(vectors[0] @ vectors[1])
     detector = MTCNNDetector()
-    embedder = FaceNetEmbedder(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    embedder = FaceNetEmbedder(path)
     embedder.model = network
     found = detector.detect([photo, drawn])
     faces = [
@@ -140,16 +139,6 @@ def test_ip_of_a_photograph_equals_facenet_pytorch(facenet, photo):
     assert 0 < scored.face_size < 0.2
     assert 0.1 < expected < 0.99
     assert scored.ip == pytest.approx(expected, abs=1e-5)
-
-
-def test_facenet_weights_are_checked(facenet, tmp_path):
-    path, _ = facenet
-    with pytest.raises(ValueError, match=r"sha256 is not set; .* set it to [0-9a-f]{64}"):
-        FaceNetEmbedder(path, None)
-    with pytest.raises(ValueError, match="delete it and fetch it again"):
-        FaceNetEmbedder(path, "0" * 64)
-    with pytest.raises(FileNotFoundError, match=r"missing\.pt is missing"):
-        FaceNetEmbedder(tmp_path / "missing.pt", "0" * 64)
 
 
 def test_auto_embedder_is_the_pooled_output(tmp_path):

@@ -38,6 +38,7 @@ rule score:
         made=lambda wildcards: MADE[wildcards.method],
         subjects=f"{OUT}/subjects/test.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         samples=f"{OUT}/scores/{{method}}.parquet",
         features=f"{OUT}/scores/{{method}}-features.parquet",
@@ -84,6 +85,7 @@ rule compare_swaps:
         samples=f"{OUT}/samples.parquet",
         features=[f"{OUT}/scores/{method}-features.parquet" for method in METHODS],
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/kept.parquet",
     log:
@@ -143,6 +145,7 @@ rule look_at_references:
         samples=f"{OUT}/samples.parquet",
         subjects=f"{OUT}/subjects/test.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/references.parquet",
     log:
@@ -172,6 +175,7 @@ rule compare_prior:
         prior=f"{OUT}/scores/prior.parquet",
         prior_features=f"{OUT}/scores/prior-features.parquet",
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/{{method}}-preserved.parquet",
     log:
@@ -204,6 +208,7 @@ rule compare_methods:
         prior=[f"{OUT}/scores/{method}.parquet" for method in BASE],
         prior_features=[f"{OUT}/scores/{method}-features.parquet" for method in BASE],
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/shared.parquet",
     log:
@@ -327,6 +332,7 @@ rule router:
         subjects=f"{OUT}/subjects/validation.parquet",
         trained=f"{OUT}/train/moa",
         models=models("prior", "image_encoder", "segmenter"),
+        weighed=WEIGHED,
     output:
         rows=f"{OUT}/router/rows.parquet",
         maps=f"{OUT}/router/maps.safetensors",
