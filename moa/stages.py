@@ -52,6 +52,7 @@ TOP_LEVEL: dict[str, Any] = {
     "source": {"enum": ["miniature", "shards", *KINDS]},
     "protocol": {"type": "string"},
     "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
+    "rivals": {"type": "array", "items": {"enum": []}, "uniqueItems": True},  # of methods registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
     "train_seeds": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "uniqueItems": True},
@@ -59,7 +60,7 @@ TOP_LEVEL: dict[str, Any] = {
     "ablations": GRID,
 }
 TRIAL_NAME = r"[\w.+-]+"  # it becomes a folder's name
-OPTIONAL = {"weights", "train_seeds", "tuning", "ablations"}
+OPTIONAL = {"weights", "rivals", "train_seeds", "tuning", "ablations"}
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,12 @@ def weights(config: Config, role: str) -> list[str]:
     if not model.get("id"):
         raise ValueError("models.identity: kind facenet needs the key id, the weights file")
     return [model["id"]]
+
+
+def rivals(config: Config) -> list[str]:
+    """The methods that are compared over the same pixels: `rivals` that make images; none if just one does."""
+    made = [method for method in config.get("rivals", ()) if config["methods"].get(method)]
+    return made if len(made) > 1 else []
 
 
 def model_files(config: Config, role: str) -> list[str]:

@@ -77,6 +77,7 @@ def test_every_stage_loads_its_settings(name: str) -> None:
         ("benchmark.sizes", 256, r"benchmark\.sizes"),
         ("generate.sampling.sparse_threshold", "0.1", r"generate\.sampling\.sparse_threshold"),
         ("device", "tpu", "device"),
+        ("rivals", ["moa", "photoshop"], r"rivals\.1: 'photoshop' is not one of"),
         (
             "methods.photoshop",
             ["single"],
@@ -216,6 +217,14 @@ def test_methods_without_images_are_left_out() -> None:
 def test_kinds_that_cannot_be_made_are_named(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods(changed(key, value))
+
+
+def test_rivals_are_those_that_make_images() -> None:
+    config = {"rivals": ["moa", "textual_inversion"], "methods": {"moa": ["single"], "textual_inversion": []}}
+    assert stages.rivals(config) == []
+    config["methods"]["textual_inversion"] = ["single"]
+    assert stages.rivals(config) == ["moa", "textual_inversion"]
+    assert stages.rivals({"methods": config["methods"]}) == []
 
 
 def test_changes_are_merged_as_snakemake_would() -> None:

@@ -24,8 +24,8 @@ CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for for
 CLAIMS += [f"{OUT}/tables/sizes.csv"]
 # What is left of the prior's images can be said only where there are any.
 PRESERVED = [f"{OUT}/scores/{method}-preserved.parquet" for method in METHODS if "prior" in METHODS]
-RIVALS = ("moa", "fastcomposer")  # compared over the same pixels, where there are both
-SHARED = [f"{OUT}/scores/shared.parquet"] if {*RIVALS} <= {*METHODS} else []
+RIVALS = stages.rivals(CONFIG)  # compared over the same pixels
+SHARED = [f"{OUT}/scores/shared.parquet"] if RIVALS else []
 BASE = ["prior"] if "prior" in METHODS else []
 COST = [f"{OUT}/tables/cost{form}" for form in FORMS]
 ABLATIONS = [f"{OUT}/tables/ablations{form}" for form in FORMS if CONFIG.get("ablations")]
@@ -228,7 +228,7 @@ rule compare_methods:
         prior=lambda wildcards, input: option("--prior", input.prior),
         prior_seen=lambda wildcards, input: option("--prior-seen", input.prior_features),
     message:
-        "Comparing MoA and FastComposer over the same pixels"
+        f"Comparing {' and '.join(RIVALS)} over the same pixels"
     shell:
         "python -m moa compare-methods --config {params.config:q} --made {input.samples} --seen {input.features}"
         " {params.prior} {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
