@@ -428,7 +428,7 @@ def weights(config: Config, role: str) -> list[str]:
 
 
 def rivals(config: Config) -> list[str]:
-    """The methods that are compared over the same pixels: `rivals` that make images; none if just one does."""
+    """Methods that are compared over the same pixels: `rivals` that make images; none if just one does."""
     made = [method for method in config.get("rivals", ()) if config["methods"].get(method)]
     return made if len(made) > 1 else []
 
