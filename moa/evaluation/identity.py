@@ -121,6 +121,9 @@ def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
 # --- Detectors --------------------------------------------------------------------------------------------
 
 
+SMALLEST_FACE = 20  # pixels: MTCNN looks for no smaller face, and for none in an image with a shorter side
+
+
 class MTCNNDetector:
     """facenet-pytorch's MTCNN with FastComposer's settings; its weights are part of the package."""
 
@@ -130,7 +133,7 @@ class MTCNNDetector:
         self.model = MTCNN(
             image_size=160,
             margin=0,
-            min_face_size=20,
+            min_face_size=SMALLEST_FACE,
             thresholds=[0.6, 0.7, 0.7],
             factor=0.709,
             keep_all=True,
@@ -138,14 +141,18 @@ class MTCNNDetector:
         )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detection]:
-        """Faces of RGB images; images of the same size go through the network together."""
-        found: dict[int, Detection] = {}
-        for size in {image.size for image in images}:
+        """Faces of RGB images; images of the same size go through the network together.
+
+        There are none in an image with a side below `SMALLEST_FACE`, in which the network itself fails.
+        """
+        nobody = tidy(np.zeros((0, 4)), np.zeros(0), (1, 1))
+        found = dict.fromkeys(range(len(images)), nobody)
+        for size in {image.size for image in images if min(image.size) >= SMALLEST_FACE}:
             same = [index for index, image in enumerate(images) if image.size == size]
             boxes, scores = self.model.detect([images[index] for index in same])
             for index, box, score in zip(same, boxes, scores, strict=True):
-                none = box is None
-                found[index] = tidy(np.zeros((0, 4)) if none else box, np.zeros(0) if none else score, size)
+                if box is not None:
+                    found[index] = tidy(box, score, size)
         return [found[index] for index in range(len(images))]
 
 

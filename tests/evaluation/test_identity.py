@@ -90,6 +90,16 @@ def test_mtcnn_finds_the_face_that_facenet_finds(photo):
     assert len(nobody.boxes) == 0
 
 
+def test_an_image_too_small_for_the_detector_shows_nobody(photo):
+    face = photo.crop((170, 60, 280, 200))
+    sizes = [(1, 1), (16, 16), (19, 100), (100, 19), (20, 20)]
+    found = MTCNNDetector().detect([face.resize(size) for size in sizes])
+    assert [len(faces.boxes) for faces in found] == [0, 0, 0, 0, 1]
+    assert [faces.boxes.shape[1] for faces in found] == [4] * 5
+    alone = MTCNNDetector().detect([face.resize((16, 16))])
+    assert alone[0].boxes.shape == (0, 4) and alone[0].scores.shape == (0,)
+
+
 @pytest.fixture(scope="module")
 def facenet(tmp_path_factory):
     """A weights file in the layout of the published one, untrained, and its network."""
