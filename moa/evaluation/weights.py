@@ -91,10 +91,7 @@ def _hold(files: Mapping[str, tuple[str, str]], lock: Path, load: Callable[[], o
             lockfile.verify(lock, file, key)
     load()
     if new:
-        head = comments or [
-            "weights of models: SHA-256 of every file at the first fetch; see docs/metrics.md"
-        ]
-        lockfile.write(lock, head, hashes | new)
+        lockfile.write(lock, comments or [HEAD], hashes | new)
 
 
 def _hash(file: str, published: str, key: str) -> str:
