@@ -29,7 +29,7 @@ from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.files import write_atomically
 from moa.hashing import code_hash, file_hash, model_hash, registering
-from moa.machine import libraries, peak_memory
+from moa.machine import libraries, peak_gpu_memory, peak_memory
 from moa.methods import MethodConfig, ModelSource, Request, Sampling, Subject, build
 from moa.trained import trained_folder
 from moa.training.checkpoint import key
@@ -37,6 +37,7 @@ from moa.training.checkpoint import key
 KEY = "moa-key"  # PNG text chunk: what the image depends on
 SECONDS = "moa-seconds"  # PNG text chunk: wall time of its batch, divided by the batch's size
 PEAK = "moa-peak-bytes"  # PNG text chunk: the most resident memory of its process until then
+GPU_PEAK = "moa-peak-gpu-bytes"  # PNG text chunk: the most memory of its GPU likewise
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,10 @@ def run(
     ]
     spent = make_images(method, settings, jobs)
     if memory is not None:
-        peak = {"peak_memory_bytes": max((one.peak for one in spent), default=0)}
+        peak = {
+            "peak_memory_bytes": max((one.peak for one in spent), default=0),
+            "peak_gpu_bytes": max((one.gpu_peak for one in spent), default=0),
+        }
         write_atomically(memory, lambda part: part.write_text(json.dumps(peak) + "\n"))
     rows = [row | {"seconds": one.seconds} for row, one in zip(made, spent, strict=True)]
     samples.write(output, rows, samples.MADE)
@@ -187,6 +191,7 @@ class Spent:
 
     seconds: float  # wall time of its batch, divided by the batch's size
     peak: int  # bytes, the most resident memory that its process had had
+    gpu_peak: int  # bytes, the most memory of its GPU; 0 on a CPU
 
 
 def make_images(name: str, config: MethodConfig, jobs: Sequence[Job]) -> list[Spent]:
@@ -206,10 +211,11 @@ def make_images(name: str, config: MethodConfig, jobs: Sequence[Job]) -> list[Sp
         assert method is not None
         started = time.monotonic()
         images = method.generate([jobs[i].request for i in batch])
-        each = Spent(round((time.monotonic() - started) / len(batch), 6), peak_memory())
+        seconds = round((time.monotonic() - started) / len(batch), 6)
+        each = Spent(seconds, peak_memory(), peak_gpu_memory())
         for i, image in zip(batch, images, strict=True):
-            texts = {KEY: keys[i], SECONDS: f"{each.seconds:.6f}", PEAK: str(each.peak)}
-            save(image, jobs[i].path, texts)
+            peaks = {PEAK: str(each.peak), GPU_PEAK: str(each.gpu_peak)}
+            save(image, jobs[i].path, {KEY: keys[i], SECONDS: f"{seconds:.6f}", **peaks})
             spent[i] = each
     return [spent[i] for i in range(len(jobs))]
 
@@ -268,7 +274,9 @@ def finished(path: Path, wanted: str) -> Spent | None:
             texts = image.info
     except (OSError, SyntaxError, ValueError):
         return None
-    return Spent(float(texts[SECONDS]), int(texts[PEAK])) if texts.get(KEY) == wanted else None
+    if texts.get(KEY) != wanted:
+        return None
+    return Spent(float(texts[SECONDS]), int(texts[PEAK]), int(texts[GPU_PEAK]))
 
 
 def seed_of(trained: Path | None) -> int | None:

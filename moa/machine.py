@@ -52,3 +52,10 @@ def processor(device: str) -> str:
 def peak_memory() -> int:
     """The most resident memory, in bytes, that this process has had; GPU memory is not in it."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_gpu_memory() -> int:
+    """The most memory, in bytes, that tensors of this process have held on its GPU; 0 if it has used none."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()

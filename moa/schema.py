@@ -101,6 +101,7 @@ def configuration() -> Schema:
                 _place(schema, key, of_dataclass(_dataclass(get_type_hints(kind)[setting])))
     for name in sorted(method_names()):
         _place(schema, f"methods.{name}", of_type(list[str]))
+        schema["properties"]["rivals"]["items"]["enum"].append(name)
     schema["properties"]["models"]["required"] = list(schema["properties"]["models"]["properties"])
     return schema
 

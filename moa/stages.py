@@ -52,6 +52,7 @@ TOP_LEVEL: dict[str, Any] = {
     "source": {"enum": ["miniature", "shards", *KINDS]},
     "protocol": {"type": "string"},
     "methods": {"type": "object", "additionalProperties": False, "properties": {}},  # those registered
+    "rivals": {"type": "array", "items": {"enum": []}, "uniqueItems": True},  # of methods registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
     "train_seeds": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "uniqueItems": True},
@@ -59,7 +60,7 @@ TOP_LEVEL: dict[str, Any] = {
     "ablations": GRID,
 }
 TRIAL_NAME = r"[\w.+-]+"  # it becomes a folder's name
-OPTIONAL = {"weights", "train_seeds", "tuning", "ablations"}
+OPTIONAL = {"weights", "rivals", "train_seeds", "tuning", "ablations"}
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,14 @@ STAGES: dict[str, Stage] = {
         "measure the context that two methods keep over the same pixels",
         "models.lpips",
         DEVICE,
+    ),
+    "fetch-identity": Stage(
+        "moa.evaluation.weights:fetch_identity", "download the weights of IP's network", "models.identity"
+    ),
+    "lock-models": Stage(
+        "moa.evaluation.weights:lock",
+        "hold weights that no hub pins against their lock",
+        shared={"identity": "models.identity", "lpips": "models.lpips"},
     ),
     "look-at-references": Stage(
         "moa.evaluation.references:look", "look at the subjects' photos", "evaluate.score", JUDGES | DEVICE
@@ -411,11 +420,34 @@ def methods(config: Config) -> dict[str, list[str]]:
     return made
 
 
+def weights(config: Config, role: str) -> list[str]:
+    """Files of weights that no hub pins, there or not, of the role `identity` or `lpips`; none of another.
+
+    Raises ValueError naming a key that is missing.
+    """
+    model = config["models"][role]
+    if role == "lpips":
+        return [model[key] for key in ("id", "heads") if model.get(key)]
+    if role != "identity" or model.get("kind", "facenet") != "facenet":
+        return []
+    if not model.get("id"):
+        raise ValueError("models.identity: kind facenet needs the key id, the weights file")
+    return [model["id"]]
+
+
+def rivals(config: Config) -> list[str]:
+    """Methods that are compared over the same pixels: `rivals` that make images; none if just one does."""
+    made = [method for method in config.get("rivals", ()) if config["methods"].get(method)]
+    return made if len(made) > 1 else []
+
+
 def model_files(config: Config, role: str) -> list[str]:
     """Files of the model that plays `role`, sorted; none for one of the hub, whose revision is a setting.
 
     Raises FileNotFoundError naming the key if it should lie below `weights` and does not.
     """
+    if locked := weights(config, role):
+        return locked
     source = config["models"][role].get("id")
     if source is None:
         return []

@@ -39,7 +39,7 @@ from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.files import write_atomically
 from moa.hashing import code_hash, model_hash
-from moa.machine import libraries, peak_memory
+from moa.machine import libraries, peak_gpu_memory, peak_memory
 from moa.methods import MethodConfig, ModelSource, Request, Sampling, Subject, register
 from moa.sampling import Pipeline, latent_shape, load_prior
 from moa.training.checkpoint import key, locked, replace_folder
@@ -289,7 +289,8 @@ def learn_missing(config: InversionConfig, subjects: Sequence[Subject], folder: 
             vectors, losses = learn(pipe, subject, config)
             seconds = round(time.monotonic() - started, 3)
             about = {"id": subject.id, "photo": photo, "losses": losses, "seconds": seconds}
-            write_json(path.with_suffix(".json"), about | {"peak": peak_memory(), "config": asdict(config)})
+            about |= {"peak": peak_memory(), "gpu_peak": peak_gpu_memory(), "config": asdict(config)}
+            write_json(path.with_suffix(".json"), about)
             write_atomically(path, partial(save_file, {subject.id: vectors}))
         found.append(path)
     return found
@@ -314,6 +315,7 @@ def collect(learned: Sequence[Path], output: Path) -> None:
         "trained_parameters": sum(v.numel() for path in learned for v in load_file(path).values()),
         "seconds": round(sum(about["seconds"] for about in abouts), 3),
         "peak_memory_bytes": max(about["peak"] for about in abouts),
+        "peak_gpu_bytes": max(about["gpu_peak"] for about in abouts),
     }
     write_json(part / "train.json", cost)
     write_log(part / "log.csv", config, np.mean([about["losses"] for about in abouts], axis=0))

@@ -7,8 +7,8 @@ cosine below 0 scores 0. (FastComposer embeds a black crop for a missing face, w
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,9 +21,11 @@ from transformers import AutoImageProcessor, AutoModel
 
 from moa.choose import greedy_pairs
 from moa.data.annotators import load
+from moa.data.errors import DataError
 from moa.data.records import bounding_box
 from moa.data.segment import SegmentConfig
 from moa.evaluation.persons import PersonFinder, Persons
+from moa.lockfile import verify
 from moa.methods import ModelSource
 
 Floats = NDArray[np.float64]
@@ -87,7 +89,7 @@ class EmbedderConfig:
     kind: Literal["facenet", "auto", "color"] = "facenet"
     id: str | None = None  # facenet: the weights file; auto: folder or hub name of a transformers model
     revision: str | None = None
-    sha256: str | None = None  # facenet: of the weights file
+    lock: Path = Path("data/models.sha256")  # facenet: text file with the weights' SHA-256; keep it
 
 
 # --- Boxes and crops --------------------------------------------------------------------------------------
@@ -119,6 +121,9 @@ def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
 # --- Detectors --------------------------------------------------------------------------------------------
 
 
+SMALLEST_FACE = 20  # pixels: MTCNN looks for no smaller face, and for none in an image with a shorter side
+
+
 class MTCNNDetector:
     """facenet-pytorch's MTCNN with FastComposer's settings; its weights are part of the package."""
 
@@ -128,7 +133,7 @@ class MTCNNDetector:
         self.model = MTCNN(
             image_size=160,
             margin=0,
-            min_face_size=20,
+            min_face_size=SMALLEST_FACE,
             thresholds=[0.6, 0.7, 0.7],
             factor=0.709,
             keep_all=True,
@@ -136,14 +141,18 @@ class MTCNNDetector:
         )
 
     def detect(self, images: Sequence[Image.Image]) -> list[Detection]:
-        """Faces of RGB images; images of the same size go through the network together."""
-        found: dict[int, Detection] = {}
-        for size in {image.size for image in images}:
+        """Faces of RGB images; images of the same size go through the network together.
+
+        There are none in an image with a side below `SMALLEST_FACE`, in which the network itself fails.
+        """
+        nobody = tidy(np.zeros((0, 4)), np.zeros(0), (1, 1))
+        found = dict.fromkeys(range(len(images)), nobody)
+        for size in {image.size for image in images if min(image.size) >= SMALLEST_FACE}:
             same = [index for index, image in enumerate(images) if image.size == size]
             boxes, scores = self.model.detect([images[index] for index in same])
             for index, box, score in zip(same, boxes, scores, strict=True):
-                none = box is None
-                found[index] = tidy(np.zeros((0, 4)) if none else box, np.zeros(0) if none else score, size)
+                if box is not None:
+                    found[index] = tidy(box, score, size)
         return [found[index] for index in range(len(images))]
 
 
@@ -196,18 +205,13 @@ class ColorEmbedder:
 class FaceNetEmbedder:
     """InceptionResnetV1 trained on VGGFace2, on faces of 160 × 160 pixels."""
 
-    def __init__(self, file: str | Path, sha256: str | None, device: str = "cpu"):
-        """Load weights, without running any code of the file.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: its SHA-256 is another, or none is configured.
-        """
+    def __init__(self, file: str | Path, device: str = "cpu"):
+        """Load weights, without running any code of the file. Raises as `read_weights` and `fit`."""
         from facenet_pytorch import InceptionResnetV1
 
-        verify(file, sha256)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_weights(file)
         self.model = InceptionResnetV1(pretrained=None)
-        self.model.load_state_dict({k: v for k, v in state.items() if not k.startswith("logits.")})
+        fit(self.model, {k: v for k, v in state.items() if not k.startswith("logits.")}, file)
         self.model.to(device).eval()
         self.device = device
 
@@ -239,19 +243,30 @@ class AutoEmbedder:
         return unit(self.model(pixel_values=pixels.to(self.device)).pooler_output.flatten(1).cpu().numpy())
 
 
-def verify(file: str | Path, sha256: str | None, key: str = "models.identity", name: str = "id") -> None:
-    """Check a weights file against its SHA-256; the errors say what to do, and with which key."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{file} is missing; fetch the weights first, or correct {key}.{name}")
-    actual = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    if sha256 is None:
-        raise ValueError(f"{key}.sha256 is not set; if you trust {file}, set it to {actual}")
-    if actual != sha256.lower():
-        raise ValueError(f"{file} has SHA-256 {actual}, not {sha256}; delete it and fetch it again")
+def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors by name of a file that PyTorch wrote; nothing of it is run. Raises DataError if it is none."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{file} is no file of weights alone ({reason}); delete it, and fetch it again"
+        ) from error
+    if not isinstance(state, dict):
+        raise DataError(f"{file} holds a {type(state).__name__}, no weights by name; take another file")
+    return state
+
+
+def fit(network: torch.nn.Module, state: Mapping[str, torch.Tensor], file: str | Path) -> None:
+    """Put weights into a network. Raises DataError naming the file if they are another network's."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"{file} holds no weights of {type(network).__name__}; take another file") from error
 
 
 def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
-    """The configured embedder. Raises ValueError naming the missing key."""
+    """The configured embedder. Raises ValueError naming the missing key, or as `lockfile.verify`."""
     if config.kind == "color":
         return ColorEmbedder()
     if config.id is None:
@@ -259,7 +274,8 @@ def load_embedder(config: EmbedderConfig, device: str = "cpu") -> Embedder:
             f"models.identity: kind {config.kind} needs the key id: a folder, a hub name or a weights file"
         )
     if config.kind == "facenet":
-        return FaceNetEmbedder(config.id, config.sha256, device)
+        verify(config.lock, config.id, "models.identity.id")
+        return FaceNetEmbedder(config.id, device)
     return AutoEmbedder(ModelSource(config.id, config.revision), device)
 
 

@@ -7,6 +7,7 @@ Without them LPIPS is not measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.models import alexnet
 
-from moa.evaluation.identity import verify
+from moa.data.errors import DataError
+from moa.evaluation.identity import fit, read_weights
+from moa.lockfile import verify
 
 Pixels = NDArray[np.uint8]
 
@@ -32,10 +35,13 @@ class PerceptualConfig:
     """Where LPIPS's weights are; with `id: null` it is not measured."""
 
     id: str | None = None  # AlexNet's weights: torchvision's alexnet-owt-7be5be79.pth
-    sha256: str | None = None  # of that file
     heads: str | None = None  # the linear heads: weights/v0.1/alex.pth of the package lpips 0.1.4
-    heads_sha256: str = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"
+    lock: Path = Path("data/models.sha256")  # text file with the SHA-256 of both; keep it
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if (self.id is None) != (self.heads is None):
+            raise ValueError("models.lpips needs both files: `id`, AlexNet's weights, and `heads`")
 
 
 NO_LPIPS = PerceptualConfig()
@@ -45,23 +51,18 @@ class Perceptual:
     """LPIPS of two images of the same size."""
 
     def __init__(self, config: PerceptualConfig):
-        """Load both files, without running any code of theirs.
-
-        Raises:
-            FileNotFoundError: no such file. ValueError: a key is missing, a SHA-256 another, or a weight.
-        """
+        """Load both files, without running any code of theirs. Raises DataError for other weights."""
         if config.id is None or config.heads is None:
-            raise ValueError("models.lpips needs both files: `id`, AlexNet's weights, and `heads`")
-        verify(config.id, config.sha256, "models.lpips")
-        verify(config.heads, config.heads_sha256, "models.lpips", "heads")
+            raise ValueError("models.lpips names no weights: set both `id` and `heads`")
         network = alexnet(weights=None)
-        network.load_state_dict(torch.load(config.id, map_location="cpu", weights_only=True))
+        fit(network, read_weights(config.id), config.id)
         self.layers = network.features[: TAPS[-1] + 1].to(config.device).requires_grad_(False).eval()
-        heads = torch.load(config.heads, map_location="cpu", weights_only=True)
-        self.heads = [heads[f"lin{n}.model.1.weight"].to(config.device) for n in range(len(TAPS))]
-        for head, channels in zip(self.heads, CHANNELS, strict=True):
-            if head.shape != (1, channels, 1, 1):
-                raise ValueError(f"{config.heads} has a head of {tuple(head.shape)}: it is not AlexNet's")
+        heads = read_weights(config.heads)
+        names = [f"lin{n}.model.1.weight" for n in range(len(TAPS))]
+        shapes = [tuple(heads[name].shape) for name in names if name in heads]
+        if shapes != [(1, channels, 1, 1) for channels in CHANNELS]:
+            raise DataError(f"{config.heads} has heads of {shapes}: they are not AlexNet's")
+        self.heads = [heads[name].to(config.device) for name in names]
         self.device = config.device
 
     @torch.inference_mode()
@@ -93,5 +94,9 @@ class Perceptual:
 
 
 def load_perceptual(config: PerceptualConfig) -> Perceptual | None:
-    """LPIPS, or None where the configuration names no weights. Raises as `Perceptual`."""
-    return None if config.id is None and config.heads is None else Perceptual(config)
+    """LPIPS, or None where the configuration names no weights. Raises as `Perceptual` and `verify`."""
+    if config.id is None or config.heads is None:
+        return None
+    verify(config.lock, config.id, "models.lpips.id")
+    verify(config.lock, config.heads, "models.lpips.heads")
+    return Perceptual(config)

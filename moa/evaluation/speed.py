@@ -3,7 +3,8 @@
     look    the judges of the configuration on drawn pictures: each by itself, or in batches
     score   the same with what belongs to a score: the reference's photo and the prompt's text. One at a time,
             nothing is kept from one image to the next; in batches, every photo and every text is seen once
-    facenet, clip    judges of true size with random weights, since time does not depend on them
+    facenet, clip, mask2former    judges of true size with random weights, since time does not depend on them
+    mtcnn   with the weights of its package, for what its cascade looks at does
 
 Both ways take turns, so that what else the machine does falls on both; the medians over the turns are kept.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +29,17 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from moa.data.benchmark import random_mask2former
+from moa.data.segment import SegmentConfig
 from moa.evaluation.features import Judges, ScoreConfig
-from moa.evaluation.identity import FaceNetEmbedder
+from moa.evaluation.identity import FaceNetEmbedder, MTCNNDetector
+from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
 from moa.evaluation.samples import Row
 from moa.evaluation.score import reference_features, score_row
 from moa.files import write_atomically
 from moa.machine import processor
+from moa.methods import ModelSource
 from moa.miniature.captions import Wording, task_caption
 from moa.miniature.dataset import generator
 from moa.miniature.render import render, render_subject
@@ -65,6 +71,8 @@ VIT_L14: dict[str, Any] = {
     "patch_size": 14,
 }
 """The image tower of CLIP ViT-L/14."""
+SIDE = 512  # pixels of Stable Diffusion 1.5's images, which MTCNN looks at as they are
+SEGMENTER_SIDE = 384  # pixels that Mask2Former's image processor makes of them
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,43 @@ def whole(device: str, images: Sequence[Image.Image]) -> Callable[[int], Values]
     return lambda size: np.concatenate([judge.image_features(part) for part in in_parts(images, size)])
 
 
-TRUE_SIZE = {"facenet": faces, "clip": whole}
+def enlarged(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images of the size of those that the paper preset scores."""
+    return [image.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for image in images]
+
+
+def detected(device: str, images: Sequence[Image.Image]) -> Callable[[int], Values]:
+    """MTCNN's faces likewise: how many, and box and score of the largest, 0 if there is none."""
+    judge, images = MTCNNDetector(device), enlarged(images)
+
+    def look(size: int) -> Values:
+        seen = [faces for part in in_parts(images, size) for faces in judge.detect(part)]
+        largest = [np.r_[f.boxes[0], f.scores[0]] if len(f.boxes) else np.zeros(5) for f in seen]
+        return np.stack([np.r_[len(f.boxes), one] for f, one in zip(seen, largest, strict=True)])
+
+    return look
+
+
+def segments(device: str, images: Sequence[Image.Image]) -> Callable[[int], Values]:
+    """Mask2Former's classes of its queries likewise; the masks are made too, as far as it sees persons."""
+    with tempfile.TemporaryDirectory() as folder:
+        random_mask2former(Path(folder), SEGMENTER_SIDE, true_size=True)
+        judge = PersonFinder(SegmentConfig(ModelSource(folder), device=device))
+    images, classes = enlarged(images), []
+    judge.segmenter.model.register_forward_hook(
+        lambda model, given, out: classes.append(out.class_queries_logits.float().cpu().numpy())
+    )
+
+    def look(size: int) -> Values:
+        classes.clear()
+        for part in in_parts(images, size):
+            judge(part)
+        return np.concatenate(classes)
+
+    return look
+
+
+TRUE_SIZE = {"facenet": faces, "clip": whole, "mtcnn": detected, "mask2former": segments}
 
 
 # --- The stage --------------------------------------------------------------------------------------------
@@ -217,8 +261,9 @@ def measure(config: SpeedConfig) -> Iterator[dict[str, Any]]:
     some = images[: config.true_size_images]
     if not some:
         return
-    about |= {"models": "true size, random", "images": len(some), "batch_size": len(some)}
+    about |= {"images": len(some), "batch_size": len(some)}
     for name, load in TRUE_SIZE.items():
+        about["models"] = "facenet-pytorch's" if name == "mtcnn" else "true size, random"
         torch.manual_seed(0)
         way = load(config.device, some)
         times = compare(partial(way, 1), partial(way, len(some)), config.repeats, name)

@@ -30,7 +30,8 @@ ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # othe
 MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
 KEPT_METRICS = ("psnr", "ssim", "lpips", "outside")
 NO_VALUE = "not measured"
-Rows = Sequence[Mapping[str, Any]]
+Cells = Mapping[str, Any]  # values by column
+Rows = Sequence[Cells]
 
 
 @dataclass(frozen=True)
@@ -496,24 +497,26 @@ COST = (
     "images",
     "seconds_per_image",
     "peak_mb",
+    "peak_gpu_mb",
     "trained_parameters",
     "train_seconds",
     "train_peak_mb",
+    "train_peak_gpu_mb",
 )
 
 
-def cost(rows: Rows, training: Mapping[str, Mapping[str, Any]], memory: Mapping[str, float]) -> Table:
+def cost(rows: Rows, training: Mapping[str, Cells], memory: Mapping[str, Cells]) -> Table:
     """What methods cost on this machine; docs/workflow.md says what its columns mean.
 
     Args:
         rows: samples.
         training: for methods with training, `training_cost`, of several trainings their `mean_training`.
-        memory: peak resident memory of generation, MB, by method.
+        memory: `generation_memory` by method, of several the `largest`.
     """
     table = []
     for method, own in by_method(rows).items():
         spent = {"images": len(own), "seconds_per_image": sum(r["seconds"] for r in own) / len(own)}
-        table.append({"method": method, **spent, "peak_mb": memory.get(method), **training.get(method, {})})
+        table.append({"method": method, **spent, **memory.get(method, {}), **training.get(method, {})})
     return Table(COST, table)
 
 
@@ -524,26 +527,39 @@ def training_cost(path: str | Path) -> dict[str, Any]:
         return {
             "trained_parameters": about["trained_parameters"],
             "train_seconds": float(about["seconds"]),
-            "train_peak_mb": about["peak_memory_bytes"] / 2**20,
+            "train_peak_mb": megabytes(about["peak_memory_bytes"]),
+            "train_peak_gpu_mb": megabytes(about["peak_gpu_bytes"]),
         }
     except (json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{path} is no train.json ({error}); train again") from error
 
 
-def mean_training(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One training's cost from that of several which differ in their seed: mean seconds, largest peak."""
-    return dict(costs[0]) | {
-        "train_seconds": sum(one["train_seconds"] for one in costs) / len(costs),
-        "train_peak_mb": max(one["train_peak_mb"] for one in costs),
-    }
+def mean_training(costs: Sequence[Cells]) -> dict[str, Any]:
+    """One training's cost from that of several which differ in their seed: mean seconds, largest peaks."""
+    peaks = largest(costs, "train_peak_mb", "train_peak_gpu_mb")
+    return dict(costs[0]) | {"train_seconds": sum(one["train_seconds"] for one in costs) / len(costs)} | peaks
 
 
-def peak_memory(path: str | Path) -> float:
-    """Peak resident memory, MB, from what generation wrote. Raises DataError naming a broken file."""
+def megabytes(size: int) -> float | None:
+    """Bytes in MB; None for 0, as of a GPU that was not used."""
+    return size / 2**20 or None
+
+
+def largest(cells: Sequence[Cells], *names: str) -> dict[str, float | None]:
+    """The largest of each of these cells; None where all are empty."""
+    return {name: max((one[name] for one in cells if one[name]), default=None) for name in names}
+
+
+def generation_memory(path: str | Path) -> dict[str, float | None]:
+    """Cells of the cost table from what generation wrote. Raises DataError naming a broken file."""
     try:
-        return float(json.loads(Path(path).read_text(encoding="utf-8"))["peak_memory_bytes"]) / 2**20
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {
+            "peak_mb": megabytes(about["peak_memory_bytes"]),
+            "peak_gpu_mb": megabytes(about["peak_gpu_bytes"]),
+        }
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} holds no peak_memory_bytes ({error!r}); generate again") from error
+        raise DataError(f"{path} holds no peaks of memory ({error!r}); generate again") from error
 
 
 def costs(
@@ -560,14 +576,17 @@ def costs(
         training: method=path of each train.json; of several, the mean counts.
         memory: method=path of what `generate-shard --memory` wrote; of several, the largest counts.
     """
-    several: dict[str, list[dict[str, Any]]] = {}
+    trained: dict[str, list[Cells]] = {}
     for method, path in map(_named_path, training):
-        several.setdefault(method, []).append(training_cost(path))
-    trained = {method: mean_training(every) for method, every in several.items()}
-    peaks: dict[str, float] = {}
+        trained.setdefault(method, []).append(training_cost(path))
+    peaks: dict[str, list[Cells]] = {}
     for method, path in map(_named_path, memory):
-        peaks[method] = max(peaks.get(method, 0.0), peak_memory(path))
-    table = cost(samples.read(sample_files), trained, peaks)
+        peaks.setdefault(method, []).append(generation_memory(path))
+    table = cost(
+        samples.read(sample_files),
+        {method: mean_training(every) for method, every in trained.items()},
+        {method: largest(every, "peak_mb", "peak_gpu_mb") for method, every in peaks.items()},
+    )
     for form in FORMS:
         save(table, Path(output).with_suffix(form))
 

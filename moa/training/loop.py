@@ -29,7 +29,7 @@ from tqdm import tqdm
 from moa.baselines.prior import Prior
 from moa.files import write_atomically
 from moa.hashing import code_hash, file_hash, model_hash
-from moa.machine import check_device, libraries, peak_memory
+from moa.machine import check_device, libraries, peak_gpu_memory, peak_memory
 from moa.methods import ModelSource, Subject
 from moa.training import checkpoint
 from moa.training.checkpoint import Checkpoint
@@ -51,6 +51,7 @@ class Progress:
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # of these steps; what a kill took back does not count
     peak: int = 0  # resident memory, bytes, the most of any process that has trained
+    gpu_peak: int = 0  # memory of its GPU, likewise
     rows: list[dict[str, float]] = field(default_factory=list)  # of log.csv
     sums: dict[str, float] = field(default_factory=dict)  # since the last row
     count: int = 0  # steps in `sums`
@@ -178,7 +179,7 @@ class Trainer:
         """Write a checkpoint; on the main process only."""
         if not self.accelerator.is_main_process:
             return
-        self.progress.peak = max(self.progress.peak, peak_memory())
+        self._note_peaks()
         progress = {k: v for k, v in asdict(self.progress).items() if k != "step"}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         checkpoint.save(
@@ -193,6 +194,10 @@ class Trainer:
             self.config.checkpoints_kept,
         )
         self.saved_at = time.monotonic()
+
+    def _note_peaks(self) -> None:
+        self.progress.peak = max(self.progress.peak, peak_memory())
+        self.progress.gpu_peak = max(self.progress.gpu_peak, peak_gpu_memory())
 
     # --- Steps ---
 
@@ -337,12 +342,14 @@ class Trainer:
         with self.averaged():
             self.trainee.save(part)
         write_log(part / "log.csv", self.progress.rows)
+        self._note_peaks()
         about = {
             "method": self.trainee.name,
             "config": asdict(self.config),
             "trained_parameters": sum(p.numel() for p in self.parameters.values()),
             "seconds": round(self.progress.seconds, 3),
-            "peak_memory_bytes": max(self.progress.peak, peak_memory()),
+            "peak_memory_bytes": self.progress.peak,
+            "peak_gpu_bytes": self.progress.gpu_peak,
             "processes": self.accelerator.num_processes,
             "began_with": self.progress.began_with,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,18 +12,17 @@ import torch
 from test_shared import results
 from torchvision.models import alexnet
 
+from moa import lockfile
+from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation import context, preserved, score, shared
 from moa.evaluation.measures import MEASURE
 from moa.evaluation.perceptual import Perceptual, PerceptualConfig, load_perceptual
 from moa.evaluation.tables import kept_context, to_markdown
+from moa.hashing import file_hash
 
 __all__ = ["results"]  # a fixture
 HEADS = Path(lpips.__file__).parent / "weights/v0.1/alex.pth"
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def config(tmp_path_factory) -> PerceptualConfig:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("alexnet") / "alexnet.pth"
     torch.save(alexnet(weights=None).state_dict(), path)
-    return PerceptualConfig(str(path), sha256(path), str(HEADS))
+    return PerceptualConfig(str(path), str(HEADS), path.with_name("lock"))
 
 
 def images(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,19 +72,19 @@ def test_only_what_is_outside_counts(config):
     assert context.kept(one, two, upper).lpips is None
 
 
-def test_weights_are_checked(config, tmp_path):
+def test_weights_are_checked(config):
     assert load_perceptual(PerceptualConfig()) is None
     with pytest.raises(ValueError, match=r"models\.lpips needs both files"):
-        load_perceptual(replace(config, heads=None))
-    with pytest.raises(ValueError, match=r"models\.lpips\.sha256 is not set"):
-        load_perceptual(replace(config, sha256=None))
-    with pytest.raises(ValueError, match="has SHA-256"):
-        load_perceptual(replace(config, sha256="0" * 64))
-    with pytest.raises(FileNotFoundError, match=r"correct models\.lpips\.heads"):
-        load_perceptual(replace(config, heads=str(tmp_path / "no.pth")))
-    wrong = HEADS.with_name("squeeze.pth")
-    with pytest.raises(ValueError, match="not AlexNet's"):
-        load_perceptual(replace(config, heads=str(wrong), heads_sha256=sha256(wrong)))
+        replace(config, heads=None)
+    with pytest.raises(DataError, match=r"lock has no line for .*alexnet\.pth, which models\.lpips\.id"):
+        load_perceptual(config)
+    lockfile.write(config.lock, [], {config.id: file_hash(Path(config.id)), config.heads: "0" * 64})
+    with pytest.raises(DataError, match=r"alex\.pth has SHA-256 .* put the old file back"):
+        load_perceptual(config)
+    with pytest.raises(DataError, match="not AlexNet's"):
+        Perceptual(replace(config, heads=str(HEADS.with_name("squeeze.pth"))))
+    with pytest.raises(DataError, match="holds no weights of AlexNet"):
+        Perceptual(replace(config, id=str(HEADS)))
 
 
 class Distance:

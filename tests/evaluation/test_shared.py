@@ -105,3 +105,15 @@ def test_a_request_has_values_for_both_or_neither(results):
 
 def test_without_a_prior_swaps_are_compared_alone(results):
     assert {row["metric"] for row in compare(results, prior=())} == {"swap_psnr_shared", "swap_ssim_shared"}
+
+
+def test_pairs_of_subjects_with_shared_noise_are_swapped_too():
+    rows = [
+        row | {"kind": "table2_multi", "seed": 7}
+        for row in make_rows("multi", ("moa", "fastcomposer"))
+        if row["prompt_id"] == "group-00"
+    ]
+    found = list(shared.comparisons(rows, []))
+    assert {metric for metric, _ in found} == {"swap"} and len(found) == 6 * 5 // 2
+    subjects = {(one["subject"], other["subject"]) for _, pairs in found for one, other in pairs}
+    assert ("s0+s1", "s1+s2") in subjects

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import open_clip
 import pytest
 from test_score import judges
 
+from moa.data.benchmark import random_mask2former
 from moa.evaluation import speed
 from moa.evaluation.speed import COLUMNS, VIT_L14, SpeedConfig
 from moa.methods import ModelSource
+from tests.data.test_data_benchmark import TINY_MASK2FORMER
 
 __all__ = ["judges"]  # a fixture
+PACKAGE = "facenet-pytorch's"
 CONFIG = SpeedConfig(
     ModelSource("c"), ModelSource("s"), subjects=2, prompts=3, batch_size=4, repeats=1, true_size_images=2
 )
@@ -25,16 +29,22 @@ def table(judges, tmp_path, monkeypatch):
     """The whole stage with untrained judges, and with a CLIP of few parameters."""
     monkeypatch.setattr(speed, "Judges", lambda config: judges)
     monkeypatch.setattr(speed, "VIT_L14", SMALL)
+    monkeypatch.setattr(
+        speed, "random_mask2former",
+        lambda folder, side, true_size: random_mask2former(folder, 64, False, **TINY_MASK2FORMER),
+    )  # fmt: skip
     speed.run(CONFIG, tmp_path / "scoring.csv")
     return list(csv.DictReader((tmp_path / "scoring.csv").open()))
 
 
 def test_batches_change_no_score(table):
-    assert [tuple(row) for row in table] == [COLUMNS] * 4
-    assert [row["what"] for row in table] == ["look", "score", "facenet", "clip"]
-    assert [(row["images"], row["batch_size"]) for row in table] == [("6", "4")] * 2 + [("2", "2")] * 2
-    assert max(float(row["largest_difference"]) for row in table) <= 1e-5
+    assert [tuple(row) for row in table] == [COLUMNS] * 6
+    assert [row["what"] for row in table] == ["look", "score", "facenet", "clip", "mtcnn", "mask2former"]
+    assert [(row["images"], row["batch_size"]) for row in table] == [("6", "4")] * 2 + [("2", "2")] * 4
+    assert [row["models"] for row in table[2:]] == [*["true size, random"] * 2, PACKAGE, "true size, random"]
     for row in table:
+        bound = 1e-2 if row["what"] == "mtcnn" else 1e-5  # boxes are in pixels
+        assert float(row["largest_difference"]) <= bound
         one, batch = float(row["seconds_one"]), float(row["seconds_batch"])
         assert float(row["speedup"]) == pytest.approx(one / batch, rel=0.01)
 
@@ -61,6 +71,23 @@ def test_one_at_a_time_nothing_is_kept_and_in_batches_nothing_is_done_twice(judg
     prompts = len({row["prompt"] for row in pictures.rows})
     assert prompts == 3
     assert (looked, read) == ([2, *[size] * (6 // size)], [prompts])
+
+
+def test_mtcnn_is_given_faces_to_find():
+    """Nothing would be compared in pictures in which it finds nobody."""
+    images = speed.draw(replace(CONFIG, prompts=12)).images[: SpeedConfig.true_size_images]
+    values = speed.detected("cpu", images)(len(images))
+    assert values.shape == (8, 6) and values[:, 0].any()
+
+
+def test_the_segmenter_s_queries_are_compared(monkeypatch):
+    monkeypatch.setattr(
+        speed, "random_mask2former",
+        lambda folder, side, true_size: random_mask2former(folder, 64, False, **TINY_MASK2FORMER),
+    )  # fmt: skip
+    look = speed.segments("cpu", speed.draw(CONFIG).images[:3])
+    assert look(1).shape == look(2).shape == (3, 6, 134)
+    assert np.ptp(look(1)) > 0.1
 
 
 def test_pictures_are_of_their_subjects_and_the_same_every_time():

@@ -358,23 +358,22 @@ def test_the_spread_of_the_kept_context_is_over_pairs_of_all_trainings():
 def test_costs_of_several_trainings_are_their_mean(files):
     for n, seconds in enumerate((60.0, 80.0)):
         about = {"trained_parameters": 7, "seconds": seconds, "peak_memory_bytes": (3 - n) * 2**20}
+        about["peak_gpu_bytes"] = n * 2**20
         (files / f"train{n}.json").write_text(json.dumps(about))
     training = [f"moa={files / f'train{n}.json'}" for n in range(2)]
     tables.costs([files / "samples.parquet"], files / "cost.csv", training=training)
     row = next(r for r in read((files / "cost.csv").read_bytes()) if r["method"] == "moa")
-    assert (row["trained_parameters"], row["train_seconds"], row["train_peak_mb"]) == (
-        "7",
-        "70.0000",
-        "3.0000",
-    )
+    names = "trained_parameters", "train_seconds", "train_peak_mb", "train_peak_gpu_mb"
+    assert [row[name] for name in names] == ["7", "70.0000", "3.0000", "1.0000"]
     assert "| moa |" in (files / "cost.md").read_text() and "moa &" in (files / "cost.tex").read_text()
 
 
 def test_costs(files):
-    about = {"trained_parameters": 7, "seconds": 60.5, "peak_memory_bytes": 3 * 2**20}
+    about = {"trained_parameters": 7, "seconds": 60.5, "peak_memory_bytes": 3 * 2**20, "peak_gpu_bytes": 0}
     (files / "train.json").write_text(json.dumps(about))
-    for name, peak in (("a.json", 120.5), ("b.json", 90)):
-        (files / name).write_text(json.dumps({"peak_memory_bytes": peak * 2**20}))
+    for name, peak, gpu in (("a.json", 120.5, 8), ("b.json", 90, 0)):
+        spent = {"peak_memory_bytes": peak * 2**20, "peak_gpu_bytes": gpu * 2**20}
+        (files / name).write_text(json.dumps(spent))
     tables.costs(
         [files / "samples.parquet"],
         files / "cost.csv",
@@ -384,17 +383,18 @@ def test_costs(files):
     rows = {r["method"]: r for r in read((files / "cost.csv").read_bytes())}
     assert list(rows["moa"]) == list(tables.COST)
     assert rows["moa"] == {
-        "method": "moa", "images": "24", "seconds_per_image": "0.5000", "peak_mb": "120.5000",
-        "trained_parameters": "7", "train_seconds": "60.5000", "train_peak_mb": "3.0000",
+        "method": "moa", "images": "24", "seconds_per_image": "0.5000",
+        "peak_mb": "120.5000", "peak_gpu_mb": "8.0000", "trained_parameters": "7",
+        "train_seconds": "60.5000", "train_peak_mb": "3.0000", "train_peak_gpu_mb": "",
     }  # fmt: skip
-    assert rows["prior"]["peak_mb"] == "90.0000"
+    assert (rows["prior"]["peak_mb"], rows["prior"]["peak_gpu_mb"]) == ("90.0000", "")  # on a CPU
     assert rows["ceiling"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
     (files / "train.json").write_text("{}")
     with pytest.raises(DataError, match=r"train\.json.*train again"):
         tables.training_cost(files / "train.json")
     (files / "a.json").write_text("{}")
-    with pytest.raises(DataError, match=r"a\.json holds no peak_memory_bytes.*generate again"):
-        tables.peak_memory(files / "a.json")
+    with pytest.raises(DataError, match=r"a\.json holds no peaks of memory.*generate again"):
+        tables.generation_memory(files / "a.json")
 
 
 def test_published_rows_need_their_reference(tmp_path):

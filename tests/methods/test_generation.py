@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from moa import generation
+from moa import generation, machine
 from moa.conditioner import find_words
 from moa.data.errors import DataError
 from moa.data.records import SUBJECT, read_rows, write_rows
@@ -159,13 +160,23 @@ def test_memory_is_that_of_all_attempts(config, requests, subjects, tmp_path, mo
 
     with monkeypatch.context() as first:
         first.setattr(generation, "peak_memory", lambda: 9_000)
+        first.setattr(generation, "peak_gpu_memory", lambda: 900)
         first.setattr(generation, "write_atomically", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config, "prior", [requests], subjects, tmp_path / "made.parquet", tmp_path, None, memory)
     assert not memory.exists()
     monkeypatch.setattr(generation, "peak_memory", lambda: 5_000)
+    monkeypatch.setattr(generation, "peak_gpu_memory", lambda: 500)
     run(config, "prior", [requests], subjects, tmp_path / "made.parquet", tmp_path, None, memory)
-    assert json.loads(memory.read_text()) == {"peak_memory_bytes": 9_000}
+    assert json.loads(memory.read_text()) == {"peak_memory_bytes": 9_000, "peak_gpu_bytes": 900}
+
+
+def test_on_a_cpu_no_memory_of_a_gpu_is_counted(config, requests, subjects, tmp_path, monkeypatch):
+    memory = tmp_path / "memory.json"
+    run(config, "prior", [requests], subjects, tmp_path / "made.parquet", tmp_path, None, memory)
+    assert json.loads(memory.read_text())["peak_gpu_bytes"] == 0
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
+    assert machine.peak_gpu_memory() == 7
 
 
 SCRIPT = """

@@ -198,6 +198,7 @@ def test_the_folder_is_like_that_of_other_trainings(config, inputs, tmp_path):
     about = json.loads((tmp_path / "made/train.json").read_text())
     assert about["trained_parameters"] == 3 * tiny.WIDTH and about["config"]["seed"] == 0
     assert about["seconds"] > 0 and about["peak_memory_bytes"] > 2**20
+    assert about["peak_gpu_bytes"] == 0
     rows = list(csv.DictReader((tmp_path / "made/log.csv").open()))
     assert [row["step"] for row in rows] == ["3", "4"]
     with pytest.raises(ValueError, match=r"shard 3 of 4 of 3 subjects; see the key shards\.subjects"):

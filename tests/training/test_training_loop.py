@@ -81,13 +81,15 @@ def test_peak_memory_is_that_of_all_attempts(models, shards, subjects, tmp_path,
 
     with monkeypatch.context() as first:
         first.setattr(loop, "peak_memory", lambda: 9_000)
+        first.setattr(loop, "peak_gpu_memory", lambda: 900)
         first.setattr(Trainer, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             moa.run(config, shards, subjects, tmp_path / "train" / "moa")
     monkeypatch.setattr(loop, "peak_memory", lambda: 5_000)
+    monkeypatch.setattr(loop, "peak_gpu_memory", lambda: 500)
     moa.run(config, shards, subjects, tmp_path / "train" / "moa")
     about = json.loads((tmp_path / "train" / "moa" / "train.json").read_text())
-    assert about["peak_memory_bytes"] == 9_000
+    assert (about["peak_memory_bytes"], about["peak_gpu_bytes"]) == (9_000, 900)
 
 
 @pytest.mark.parametrize("step", [2, 4])

@@ -77,6 +77,7 @@ def test_every_stage_loads_its_settings(name: str) -> None:
         ("benchmark.sizes", 256, r"benchmark\.sizes"),
         ("generate.sampling.sparse_threshold", "0.1", r"generate\.sampling\.sparse_threshold"),
         ("device", "tpu", "device"),
+        ("rivals", ["moa", "photoshop"], r"rivals\.1: 'photoshop' is not one of"),
         (
             "methods.photoshop",
             ["single"],
@@ -107,7 +108,8 @@ def test_loading_names_the_key_too() -> None:
 
 
 def test_every_stage_that_runs_a_model_follows_the_device() -> None:
-    devices = {name for name, entry in STAGES.items() if set(entry.shared) - {"tokenizer", "clip", "source"}}
+    none = {"tokenizer", "clip", "source"}
+    devices = {name for name, entry in STAGES.items() if name != "lock-models" and set(entry.shared) - none}
     assert devices >= {"train-moa", "train-fastcomposer", "generate", "generate-shard", "score", "router"}
     config = changed("device", "cuda")
     assert {settings(name, config)["device"] for name in devices} == {"cuda"}
@@ -215,6 +217,14 @@ def test_methods_without_images_are_left_out() -> None:
 def test_kinds_that_cannot_be_made_are_named(key: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods(changed(key, value))
+
+
+def test_rivals_are_those_that_make_images() -> None:
+    config = {"rivals": ["moa", "textual_inversion"], "methods": {"moa": ["single"], "textual_inversion": []}}
+    assert stages.rivals(config) == []
+    config["methods"]["textual_inversion"] = ["single"]
+    assert stages.rivals(config) == ["moa", "textual_inversion"]
+    assert stages.rivals({"methods": config["methods"]}) == []
 
 
 def test_changes_are_merged_as_snakemake_would() -> None:

@@ -214,6 +214,16 @@ def test_what_is_left_out_leaves_the_rest(
     assert [name for name in gone if name in said] == []
 
 
+def test_the_methods_that_are_compared_over_the_same_pixels_are_configured(
+    snakemake: Run, weights: Path
+) -> None:
+    changed = {"weights": str(weights), "rivals": ["ceiling", "moa"]}
+    done = snakemake("tables", "--dry-run", "--printshellcmds", config=changed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [command] = re.findall(r"python -m moa compare-methods .*", done.stdout)
+    assert "--made results/miniature/scores/ceiling.parquet results/miniature/scores/moa.parquet " in command
+
+
 def test_without_a_method_that_trains_no_spread_over_trainings_is_promised(
     snakemake: Run, weights: Path
 ) -> None:

@@ -60,6 +60,7 @@ rule sparse_curve:
         subjects=f"{OUT}/subjects/validation.parquet",
         trained=f"{OUT}/train/moa",
         models=models("prior", "image_encoder", "clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/tables/sparse.csv",
     log:
@@ -102,6 +103,7 @@ rule sparse_figure:
 rule benchmark_scoring:
     input:
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         "results/benchmark/scoring.csv",
     log:

@@ -20,7 +20,9 @@ TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
 EARLIER_PRIOR = "results/earlier_prior"  # rule earlier_prior
-LPIPS_GPU = GPU if CONFIG["models"]["lpips"].get("id") else 0  # comparisons use no other model
+FACENET, LPIPS = (stages.weights(CONFIG, role) for role in ("identity", "lpips"))  # files; models.smk
+WEIGHED = [ancient(f"{OUT}/models.checked")] if FACENET or LPIPS else []  # before a GPU is used
+LPIPS_GPU = GPU if LPIPS else 0  # comparisons use no other model
 
 
 wildcard_constraints:

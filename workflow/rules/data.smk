@@ -258,6 +258,7 @@ rule caption:
         raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
         model=models("captioner"),
         checked=CHECKED,
+        weighed=WEIGHED,
     output:
         f"{OUT}/data/captions/{{split}}-{{shard}}.parquet",
     log:
@@ -284,6 +285,7 @@ rule segment:
         raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
         model=models("segmenter"),
         checked=CHECKED,
+        weighed=WEIGHED,
     output:
         f"{OUT}/data/segments/{{split}}-{{shard}}.parquet",
     log:

@@ -26,8 +26,8 @@ CLAIMS = [f"{OUT}/tables/{name}{form}" for name in ("claims", "metrics") for for
 CLAIMS += [f"{OUT}/tables/sizes.csv"]
 # What is left of the prior's images can be said only where there are any.
 PRESERVED = [f"{OUT}/scores/{method}-preserved.parquet" for method in METHODS if "prior" in METHODS]
-RIVALS = ("moa", "fastcomposer")  # compared over the same pixels, where there are both
-SHARED = [f"{OUT}/scores/shared.parquet"] if {*RIVALS} <= {*METHODS} else []
+RIVALS = stages.rivals(CONFIG)  # compared over the same pixels
+SHARED = [f"{OUT}/scores/shared.parquet"] if RIVALS else []
 BASE = ["prior"] if "prior" in METHODS else []
 COST = [f"{OUT}/tables/cost{form}" for form in FORMS]
 ABLATIONS = [f"{OUT}/tables/ablations{form}" for form in FORMS if CONFIG.get("ablations")]
@@ -49,6 +49,7 @@ rule score:
         made=lambda wildcards: MADE[wildcards.method],
         subjects=f"{OUT}/subjects/test.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         samples=f"{OUT}/scores/{{method}}.parquet",
         features=f"{OUT}/scores/{{method}}-features.parquet",
@@ -95,6 +96,7 @@ rule compare_swaps:
         samples=f"{OUT}/samples.parquet",
         features=[f"{OUT}/scores/{method}-features.parquet" for method in METHODS],
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/kept.parquet",
     log:
@@ -154,6 +156,7 @@ rule look_at_references:
         samples=f"{OUT}/samples.parquet",
         subjects=f"{OUT}/subjects/test.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/references.parquet",
     log:
@@ -183,6 +186,7 @@ rule compare_prior:
         prior=f"{OUT}/scores/prior.parquet",
         prior_features=f"{OUT}/scores/prior-features.parquet",
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/{{method}}-preserved.parquet",
     log:
@@ -215,6 +219,7 @@ rule compare_methods:
         prior=[f"{OUT}/scores/{method}.parquet" for method in BASE],
         prior_features=[f"{OUT}/scores/{method}-features.parquet" for method in BASE],
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{OUT}/scores/shared.parquet",
     log:
@@ -234,7 +239,7 @@ rule compare_methods:
         prior=lambda wildcards, input: option("--prior", input.prior),
         prior_seen=lambda wildcards, input: option("--prior-seen", input.prior_features),
     message:
-        "Comparing MoA and FastComposer over the same pixels"
+        f"Comparing {' and '.join(RIVALS)} over the same pixels"
     shell:
         "python -m moa compare-methods --config {params.config:q} --made {input.samples} --seen {input.features}"
         " {params.prior} {params.prior_seen} --results {params.results} --output {output} > {log} 2>&1"
@@ -331,6 +336,7 @@ rule router:
         subjects=f"{OUT}/subjects/validation.parquet",
         trained=f"{OUT}/train/moa",
         models=models("prior", "image_encoder", "segmenter"),
+        weighed=WEIGHED,
     output:
         rows=f"{OUT}/router/rows.parquet",
         maps=f"{OUT}/router/maps.safetensors",

@@ -36,6 +36,7 @@ rule generate:
         trained=lambda wildcards: (
             f"{OUT}/train/{TRAINED[wildcards.method]}{wildcards.seed}" if wildcards.method in TRAINED else []
         ),
+        weighed=WEIGHED,
     output:
         made=f"{OUT}/made/{{method}}{{seed}}/{{split}}-{{kind}}-{{shard}}.parquet",
         memory=f"{OUT}/made/{{method}}{{seed}}/{{split}}-{{kind}}-{{shard}}.json",

@@ -14,6 +14,7 @@ rule learn_subjects:
         ],
         subjects=f"{OUT}/subjects/test.parquet",
         models=models("prior"),
+        weighed=WEIGHED,
     output:
         directory(f"{OUT}/learned/{{method}}{{seed}}-{{shard}}"),
     log:

@@ -160,7 +160,7 @@ rule earlier_prior:
         commit="dcb4354f5b5043c3510fd01928682f2227f4843e",
         shipped="moa/miniature/weights/prior",
         parts="model_index.json scheduler text_encoder tokenizer unet vae",
-        folder=EARLIER_PRIOR,
+        folder=lambda wildcards: EARLIER_PRIOR,
     message:
         "Taking an earlier prior from the history of the repository"
     shell:

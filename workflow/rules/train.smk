@@ -7,6 +7,7 @@ rule train:
         records=shards("records", "train"),
         subjects=f"{OUT}/subjects/validation.parquet",
         models=models("prior", "image_encoder"),
+        weighed=WEIGHED,
     output:
         folder=directory(f"{OUT}/train/{{method}}{{seed}}"),
     log:

@@ -7,6 +7,7 @@ use rule train as trial_train with:
         records=shards("records", "train"),
         subjects=f"{OUT}/subjects/validation.parquet",
         models=trial_models("prior", "image_encoder"),
+        weighed=WEIGHED,
     output:
         folder=directory(f"{TRIAL}/{{method}}"),
     log:
@@ -23,6 +24,7 @@ use rule generate as trial_generate with:
         subjects=f"{OUT}/subjects/validation.parquet",
         models=trial_models("prior", "image_encoder"),
         trained=trial_training,
+        weighed=WEIGHED,
     output:
         made=f"{TRIAL}/made.parquet",
         memory=f"{TRIAL}/made.json",
@@ -43,6 +45,7 @@ use rule score as trial_score with:
         made=f"{TRIAL}/made.parquet",
         subjects=f"{OUT}/subjects/validation.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
     output:
         samples=f"{TRIAL}/samples.parquet",
         features=f"{TRIAL}/features.parquet",
@@ -61,6 +64,7 @@ use rule compare_swaps as trial_kept with:
         samples=f"{TRIAL}/samples.parquet",
         features=f"{TRIAL}/features.parquet",
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{TRIAL}/kept.parquet",
     log:
@@ -80,6 +84,7 @@ use rule compare_prior as trial_preserved with:
         prior=trial_prior("samples.parquet"),
         prior_features=trial_prior("features.parquet"),
         models=models("lpips"),
+        weighed=WEIGHED,
     output:
         f"{TRIAL}/preserved.parquet",
     log:

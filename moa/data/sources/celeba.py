@@ -16,7 +16,8 @@ from typing import ClassVar, Literal
 from moa.data.errors import DataError
 from moa.data.sources import listing
 from moa.data.sources.config import PhotosConfig
-from moa.data.sources.listing import SUFFIXES, read_lines
+from moa.data.sources.listing import SUFFIXES
+from moa.lockfile import read_lines
 
 IMAGES = ("img_celeba", "Img/img_celeba", "img_align_celeba", "Img/img_align_celeba")  # uncropped ones first
 IDENTITIES = ("identity_CelebA.txt", "Anno/identity_CelebA.txt")  # "000001.jpg 2880"

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from moa.data.errors import DataError
 from moa.data.sources.config import PhotosConfig
+from moa.lockfile import read_lines
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".mpo"}
@@ -246,14 +247,6 @@ def _checked_member(found: Found, member: tarfile.TarInfo) -> Found:
 
 
 # --- FastComposer's archive -------------------------------------------------------------------------------
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text; none if the file is not there. Raises DataError if it is no UTF-8."""
-    try:
-        return path.read_text("utf-8").split("\n") if path.is_file() else []
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 ({error}); take it from where it came again") from error
 
 
 def read_ids(path: Path) -> list[str]:

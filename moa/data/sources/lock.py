@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
+from moa import lockfile
 from moa.data.errors import DataError
 from moa.data.records import Row, sha256, write_rows
 from moa.data.sources import hub
@@ -30,11 +31,9 @@ from moa.data.sources.listing import (
     escaped,
     photos,
     printable,
-    read_lines,
     split_of,
     unique,
 )
-from moa.files import write_atomically
 
 INDEX = pa.schema(
     [
@@ -148,26 +147,16 @@ def read_lock(path: Path) -> tuple[str, str, dict[str, str]]:
 
     Raises DataError naming a wrong line.
     """
-    revision, asked, hashes = "", "", {}
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.startswith("# revision: "):
-            revision = line.removeprefix("# revision: ")
-        elif line.startswith("# asked: "):
-            asked = line.removeprefix("# asked: ")
-        elif line and not line.startswith("#"):
-            digest, _, name = line.partition("  ")
-            if len(digest) != 64 or not name:
-                raise DataError(f"{path}, line {number} is no hash and name; take the lock from your backup")
-            hashes[name] = digest
-    return revision, asked, hashes
+    comments, hashes = lockfile.read(path)
+    about = dict(comment.partition(": ")[::2] for comment in comments)
+    return about.get("revision", ""), about.get("asked", ""), hashes
 
 
 def write_lock(config: PhotosConfig, revision: str, hashes: Mapping[str, str]) -> None:
     """Write down what a source holds now."""
-    head = [f"# {config.name}: SHA-256 of every file at the first fetch; see docs/data.md"]
-    head += [f"# revision: {revision}", f"# asked: {hub.asked(config)}"] if revision else []
-    text = "\n".join([*head, *(f"{digest}  {name}" for name, digest in sorted(hashes.items())), ""])
-    write_atomically(config.lock, lambda path: path.write_text(text, "utf-8"))
+    head = [f"{config.name}: SHA-256 of every file at the first fetch; see docs/data.md"]
+    head += [f"revision: {revision}", f"asked: {hub.asked(config)}"] if revision else []
+    lockfile.write(config.lock, head, hashes)
 
 
 def compare(config: PhotosConfig, locked: Mapping[str, str], hashes: Mapping[str, str]) -> None:
