@@ -40,7 +40,6 @@ from transformers import (
 
 from moa.benchmark import alone, clocked
 from moa.data import caption, segment
-from moa.data.annotators import annotate
 from moa.data.caption import CaptionConfig, Captioner
 from moa.data.records import RAW, Row, decode_image, encode_image, read_rows, write_rows
 from moa.data.segment import SegmentConfig, Segmenter
@@ -112,8 +111,8 @@ class Cost:
 
 def stages(captioner: Captioner, segmenter: Segmenter, rows: Sequence[Row]) -> list[str]:
     """The captions of photos whose people were found, in the stages' batches."""
-    said, _ = annotate(captioner, rows, captioner.config.batch_size, captioner.config.workers, "caption")
-    annotate(segmenter, rows, segmenter.config.batch_size, segmenter.config.workers, "segment")
+    said = {row["id"]: row["caption"] for row in caption.captions(captioner, rows, "caption")}
+    segment.segments(segmenter, rows, "segment")
     return [said[row["id"]] for row in rows]
 
 
@@ -163,8 +162,8 @@ def annotate_shards(settings: Settings, raws: Sequence[Path], folder: Path) -> C
 
     def all_shards() -> None:
         for raw in raws:
-            caption.run(settings[0], raw, folder / "captions.parquet")
-            segment.run(settings[1], raw, folder / "segments.parquet")
+            caption.run(settings[0], [raw], [folder / "captions.parquet"])
+            segment.run(settings[1], [raw], [folder / "segments.parquet"])
 
     return Cost(*clocked(all_shards, settings[0].device), peak_memory())
 
