@@ -7,6 +7,7 @@ import inspect
 import json
 import linecache
 import os
+import re
 import sys
 import traceback
 import types
@@ -99,8 +100,21 @@ def _read(path: str) -> dict[str, Any]:
     return config
 
 
+def numbered(argument: str) -> list[str]:
+    """What an argument with `{000..139}` stands for: as many, numbered with as many digits, as in bash.
+
+    The workflow writes its shards so, since a shell takes no line of thousands of paths.
+    """
+    found = re.fullmatch(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*)", argument)
+    if not found:
+        return [argument]
+    before, first, last, after = found.groups()
+    return [f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1)]
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
+    arguments = [one for argument in arguments for one in numbered(argument)]
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
     parsers = {

@@ -219,6 +219,30 @@ def test_several_values_and_repeated_options(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == {"files": [Path("a"), Path("b"), Path("c")], "count": 1, "flag": True, "names": ["x", "y"]}
 
 
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("data/train-{000..002}.parquet", [f"data/train-00{n}.parquet" for n in range(3)]),
+        ("moa=made-{098..101}.json", [f"moa=made-{n}.json" for n in ("098", "099", "100", "101")]),
+        ("{7..7}", ["7"]),
+        ('{"steps": 7}', ['{"steps": 7}']),
+        ("plain.parquet", ["plain.parquet"]),
+    ],
+)
+def test_numbered_files_are_one_word(argument: str, meant: list[str]) -> None:
+    """A shell takes no line of 2,000 paths."""
+    assert command_line.numbered(argument) == meant
+
+
+def test_numbered_files_reach_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        command_line, "_function", lambda name: (lambda files: seen.extend(files), {"files": list[Path]})
+    )
+    command_line.run(["merge", "--files", "a-{08..10}", "b"])
+    assert seen == [Path("a-08"), Path("a-09"), Path("a-10"), Path("b")]
+
+
 def _hints(function: object) -> dict:
     return {
         "files": list[Path],
