@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from moa import runlock
+from moa import gpus, runlock
 from moa.config import DEFAULT, check, load, read
 from moa.hashing import ROOT
 from moa.options import help_of, summary
@@ -77,7 +77,9 @@ def _load(text: str, name: str, kind: type, options: dict[str, Any], change: str
     given = _json("--config", text) if text.lstrip().startswith("{") else None
     mapping = settings(name, _read(text), **values) if given is None else given
     loaded: Any = load(kind, mapping | _json("--change", change), STAGES[name].section.format(**values))
-    check_device(getattr(loaded, "device", "cpu"))
+    if getattr(loaded, "device", "cpu") == "cuda":
+        gpus.take_one()
+        check_device("cuda")
     return loaded
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from moa import __main__ as command_line
-from moa import options, stages
+from moa import gpus, options, stages
 from moa.config import complete
+from moa.evaluation.features import ScoreConfig
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
@@ -196,6 +199,21 @@ def test_missing_gpu_is_said_before_anything_runs(stage: str, monkeypatch: pytes
         command_line.run(
             [stage, "--config", json.dumps({**models, "device": "cuda"}), *options[stage]],
         )
+
+
+def test_a_stage_on_the_gpu_takes_one_of_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before it looks whether there is any; on the CPU it takes none."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpus, "HELD", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] == "4")
+    monkeypatch.setattr(
+        command_line, "_function", lambda name: (lambda config: None, {"config": ScoreConfig})
+    )
+    command_line.run(["score"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+    command_line.run(["score", "--change", '{"device": "cuda"}'])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
 
 
 def test_train_is_short_for_train_moa(capsys: pytest.CaptureFixture[str]) -> None:
