@@ -130,7 +130,7 @@ STAGES: dict[str, Stage] = {
         "moa.data.align:run",
         "match captions' words with segments",
         "data.align",
-        {"tokenizer": "models.prior", "clip": "models.clip_judge"},
+        {"tokenizer": "models.prior", "clip": "models.clip_judge"} | DEVICE,
     ),
     "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
     "annotation": Stage("moa.miniature.annotation:run", "measure the annotators against the truth"),

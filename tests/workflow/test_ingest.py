@@ -214,6 +214,13 @@ def test_captions_and_masks_ask_for_a_gpu(rule: str) -> None:
     assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=GPU,", block)
 
 
+def test_alignment_asks_for_the_gpu_that_clip_runs_on() -> None:
+    text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
+    [block] = re.findall(r"^rule align:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert 'gpu=GPU if CONFIG["data"]["align"].get("matcher") == "clip" else 0,' in block
+    assert stages.settings("align", PAPER | {"device": "cuda"})["device"] == "cuda"
+
+
 # --- BLIP-2 and Mask2Former of random weights --------------------------------------------------------------
 
 RANDOM = {

@@ -368,6 +368,7 @@ rule align:
     threads: 1
     resources:
         mem_mb=2000,
+        gpu=GPU if CONFIG["data"]["align"].get("matcher") == "clip" else 0,
     params:
         config=settings("align"),
         code=code("align"),
