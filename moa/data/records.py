@@ -29,7 +29,7 @@ from moa.photos import convert
 Row = dict[str, Any]
 IdMap = NDArray[np.int32]
 
-PHOTOS_A_GROUP = 32  # rows of a row group of a table with photos: as few are read to show one
+PHOTOS_A_GROUP = 8  # rows of a row group of a table with photos: as few are read at a time
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the Image feature of `datasets`
 _BOX = pa.list_(pa.int32(), 4)  # x1, y1, x2, y2 in pixels; x2 and y2 exclusive
@@ -229,9 +229,11 @@ def _check_schema(path: str | Path, found: pa.Schema, wanted: pa.Schema) -> None
 def each_row(
     paths: Iterable[str | Path], schema: pa.Schema, columns: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """The rows of several files, of which one at a time is in memory; errors as in `read_table`."""
+    """The rows of several files, of which a row group at a time is in memory; errors as in `read_table`."""
     for path in paths:
-        yield from read_table(path, schema, columns).to_pylist()
+        with _opened(path, schema) as file:
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group, columns).to_pylist()
 
 
 def read_rows(
