@@ -109,7 +109,7 @@ elif "subjects" in CONFIG["data"]:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            mem_mb=2000,
+            mem_mb=3000,
         params:
             config=settings("held-out-subjects"),
             code=code("held-out-subjects"),
