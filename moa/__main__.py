@@ -7,6 +7,7 @@ import inspect
 import json
 import linecache
 import os
+import re
 import sys
 import traceback
 import types
@@ -16,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from moa import runlock
+from moa import gpus, runlock
 from moa.config import DEFAULT, check, load, read
 from moa.hashing import ROOT
 from moa.options import help_of, summary
@@ -76,7 +77,9 @@ def _load(text: str, name: str, kind: type, options: dict[str, Any], change: str
     given = _json("--config", text) if text.lstrip().startswith("{") else None
     mapping = settings(name, _read(text), **values) if given is None else given
     loaded: Any = load(kind, mapping | _json("--change", change), STAGES[name].section.format(**values))
-    check_device(getattr(loaded, "device", "cpu"))
+    if getattr(loaded, "device", "cpu") == "cuda":
+        gpus.take_one()
+        check_device("cuda")
     return loaded
 
 
@@ -99,8 +102,21 @@ def _read(path: str) -> dict[str, Any]:
     return config
 
 
+def numbered(argument: str) -> list[str]:
+    """What an argument with `{000..139}` stands for: as many, numbered with as many digits, as in bash.
+
+    The workflow writes its shards so, since a shell takes no line of thousands of paths.
+    """
+    found = re.fullmatch(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*)", argument)
+    if not found:
+        return [argument]
+    before, first, last, after = found.groups()
+    return [f"{before}{n:0{len(first)}d}{after}" for n in range(int(first), int(last) + 1)]
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
+    arguments = [one for argument in arguments for one in numbered(argument)]
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
     parsers = {

@@ -84,8 +84,14 @@ OWN: dict[str, dict[str, str]] = {
         "archived": "parquet files of the `archive-records` stage, of the same photos.",
         "output": "folder to write the archive to; one that is there already is an error.",
     },
-    "caption": {"output": "parquet file to write, one caption a photo."},
-    "segment": {"output": "parquet file to write, the masks of each photo's people."},
+    "caption": {
+        "raw": "parquet files with photos, one a shard.",
+        "output": "parquet files to write, one for each of `raw`: a caption a photo.",
+    },
+    "segment": {
+        "raw": "parquet files with photos, one a shard.",
+        "output": "parquet files to write, one for each of `raw`: the masks of each photo's people.",
+    },
     "align": {
         "records": "parquet file of training records to write.",
         "phrases": "parquet file to write: the phrases for people that were read in each caption.",

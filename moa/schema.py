@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moa.methods import method_names
-from moa.stages import OPTIONAL, STAGES, TOP_LEVEL, Stage
+from moa.stages import DEVICE, OPTIONAL, STAGES, TOP_LEVEL, Stage
 
 Schema = dict[str, Any]
 SCALARS = {
@@ -95,7 +95,7 @@ def configuration() -> Schema:
         kind = settings_class(stage) if stage.section else None
         if kind is None:
             continue
-        _place(schema, stage.section, of_dataclass(kind, tuple(stage.shared)))
+        _place(schema, stage.section, of_dataclass(kind, (*stage.shared, *DEVICE)))
         for setting, key in stage.shared.items():
             if key.startswith("models."):
                 _place(schema, key, of_dataclass(_dataclass(get_type_hints(kind)[setting])))

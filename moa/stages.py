@@ -134,7 +134,7 @@ STAGES: dict[str, Stage] = {
         "moa.data.align:run",
         "match captions' words with segments",
         "data.align",
-        {"tokenizer": "models.prior", "clip": "models.clip_judge"},
+        {"tokenizer": "models.prior", "clip": "models.clip_judge"} | DEVICE,
     ),
     "card": Stage("moa.data.card:run", "describe the training records", "data.card"),
     "annotation": Stage(
@@ -465,3 +465,11 @@ def align_files(config: Config) -> list[str]:
     known = get(config, "data.align")
     names = [known.get("spacy"), (known.get("label_model") or {}).get("id")]
     return [str(file) for name in names if name for file in hashing.model_files(Path(name))]
+
+
+def benchmark_files(config: Config) -> list[str]:
+    """Files of the models that `data.benchmark` runs, where they lie in local folders."""
+    known = get(config, "data.benchmark")
+    shipped = {role: {"id": f"moa/miniature/weights/{role}"} for role in ("captioner", "segmenter")}
+    sources = [known.get(role, model)["id"] for role, model in shipped.items()]
+    return [str(file) for source in sources for file in hashing.model_files(Path(source))]

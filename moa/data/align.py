@@ -70,8 +70,11 @@ class AlignConfig:
     min_area: float = 0.02  # least share of the photo that a person must cover; smaller ones are not counted
     max_subjects: int = 4  # [FastComposer]
     max_rejected: float = 0.9  # largest share of rejected photos in a shard; beyond it, the source is rotten
+    device: str = "cpu"  # that CLIP runs on; "cpu" with another matcher
 
     def __post_init__(self) -> None:
+        if self.matcher != "clip":  # nothing else runs on a GPU, so none is to be asked for
+            object.__setattr__(self, "device", "cpu")
         if self.matcher == "clip" and self.clip is None:
             raise ValueError("matcher 'clip' needs the key `clip`: name a CLIP model, or use matcher 'label'")
         if self.extra_segments == "ignore" and self.matcher != "clip":
@@ -149,8 +152,9 @@ def no_scores(photo: Image.Image, texts: Sequence[str], segments: Sequence[Row])
 class ClipScorer:
     """CLIP's cosine, moved to 0..1, between what is said of a person and the photo cropped to a segment."""
 
-    def __init__(self, source: ModelSource) -> None:
-        self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).eval()
+    def __init__(self, source: ModelSource, device: str = "cpu") -> None:
+        self.device = device
+        self.model = load(CLIPModel, source, "clip_judge", dtype=torch.float32).to(device).eval()
         self.revision = revision(source, self.model)
         self.processor = load(CLIPProcessor, source, "clip_judge")
 
@@ -159,11 +163,11 @@ class ClipScorer:
         crops = [photo.crop(segment["bbox"]) for segment in segments]
         inputs = self.processor(
             text=list(texts), images=crops, return_tensors="pt", padding=True, truncation=True
-        )
+        ).to(self.device)
         outputs = self.model(**inputs)
         text = torch.nn.functional.normalize(outputs.text_embeds, dim=-1)
         image = torch.nn.functional.normalize(outputs.image_embeds, dim=-1)
-        return ((1 + text @ image.T) / 2).double().numpy()
+        return ((1 + text @ image.T) / 2).double().cpu().numpy()
 
 
 def match(
@@ -179,6 +183,8 @@ def match(
 
     `whole`: judge a person by all that is said of them, not by the phrase alone.
     """
+    if len(people) == len(segments) == 1:  # nothing to decide; scores decide only, and are kept nowhere
+        return list(segments)
     named = [caption[phrase.start : phrase.end] for phrase in people]
     texts = [phrases.clause(caption, people, i) for i in range(len(people))] if whole else named
     similar = similarity(named, people, [segment["label"] for segment in segments])
@@ -273,7 +279,7 @@ class Aligner:
         used = [("tokenizer", config.tokenizer.id, tokenizer_revision(tokenizer))]
         scorer: Scorer = no_scores
         if config.matcher == "clip" and config.clip:
-            scorer = ClipScorer(config.clip)
+            scorer = ClipScorer(config.clip, config.device)
             used.append(("clip", config.clip.id, scorer.revision))
         similarity: Similarity = same_strings
         if config.label_model:

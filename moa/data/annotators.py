@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -21,6 +21,7 @@ Precision = Literal["no", "fp16", "bf16"]
 Found = TypeVar("Found", covariant=True)
 T = TypeVar("T")
 Prepare = Callable[[Sequence[Image.Image]], torch.Tensor]
+WAITING = 8  # batches' worth of photos that wait for others whose pixels are equally large
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -60,6 +61,13 @@ def check_workers(config: Any) -> None:
         raise ValueError(f"workers must be at least 0, not {config.workers}")
 
 
+def paired(raw: Sequence[Path], output: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Each raw shard with the table to write. Raises ValueError unless there are as many of either."""
+    if len(raw) != len(output):
+        raise ValueError(f"raw names {len(raw)} shards, and output {len(output)} tables: name one for each")
+    return list(zip(raw, output, strict=True))
+
+
 def pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
     """What a model sees of RGB images of one size: [images, 3, height, width]."""
     return processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -67,22 +75,62 @@ def pixel_values(processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Photos of equal pixel size, ready for a model."""
+    """Photos that a model sees at the same size, ready for it."""
 
     ids: list[str]
     sizes: list[tuple[int, int]]  # (height, width) of each photo, pixels
     pixels: torch.Tensor  # [photos, 3, height, width] of the model
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, some: slice) -> Batch:
+        return Batch(self.ids[some], self.sizes[some], self.pixels[some])
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """One batch of several, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    ids, sizes = (
+        [name for part in parts for name in part.ids],
+        [size for part in parts for size in part.sizes],
+    )
+    return Batch(ids, sizes, torch.cat([part.pixels for part in parts]))
+
+
+def gathered(parts: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The same photos in batches of `size` that a model sees at one size; smaller ones where few are alike.
+
+    Nothing is padded, so that a photo's annotation does not depend on its neighbours. Where many sizes come,
+    the fullest batch does not wait any longer once `WAITING` batches' worth of photos do. Of parts, each has
+    `size` photos at most.
+    """
+    waiting: dict[torch.Size, list[Batch]] = {}
+    for part in parts:
+        shape = part.pixels.shape[1:]
+        whole = [*waiting.pop(shape, []), part]
+        if sum(map(len, whole)) >= size:
+            ready = joined(whole)
+            yield ready[:size]
+            whole = [ready[size:]] if len(ready) > size else []
+        if whole:
+            waiting[shape] = whole
+        counts = {shape: sum(map(len, some)) for shape, some in waiting.items()}
+        if sum(counts.values()) > WAITING * size:
+            yield joined(waiting.pop(max(counts, key=counts.__getitem__)))
+    yield from map(joined, waiting.values())
+
 
 class Batches(Dataset[tuple[list[Batch], dict[str, str]]]):
-    """Photos in batches of equal pixel size, decoded and resized when they are asked for.
+    """Photos in parts of equal size, decoded and resized when they are asked for.
 
-    Equal sizes need no padding, so that a photo's annotation does not depend on its neighbours. An item is
-    batches, several if photos are not as large as their rows say, and the problems of broken ones by id.
+    An item is parts, several if photos are not as large as their rows say, and the problems of broken ones
+    by id.
     """
 
     def __init__(self, rows: Sequence[Row], size: int, prepare: Prepare) -> None:
-        """size: photos of a batch, at most; prepare: from images to a model's pixels."""
+        """size: photos of a part, at most; prepare: from images to a model's pixels."""
         self.prepare = prepare
         self.groups = [
             group[start : start + size]
@@ -124,23 +172,29 @@ class Annotator(Protocol[Found]):
     @property
     def prepare(self) -> Prepare: ...
 
-    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Found]: ...
+    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Iterable[Found]: ...
 
 
 def annotate(
     model: Annotator[Found], rows: Sequence[Row], size: int, workers: int, title: str
-) -> tuple[dict[str, Found], dict[str, str]]:
-    """What a model says of each photo, `size` at a time, and why a photo could not be read, both by id.
+) -> Iterator[tuple[str, Found | None, str | None]]:
+    """Of each photo its id, what a model says of it, and why it could not be read, in no certain order.
 
-    `workers` processes decode and resize the next photos while the model looks; 0: it waits for them.
+    The model looks at `size` photos at a time. `workers` processes decode and resize the next ones while it
+    does; 0: it waits for them. What comes out is not kept here.
     """
-    found: dict[str, Found] = {}
-    problems: dict[str, str] = {}
     loader = DataLoader(Batches(rows, size, model.prepare), batch_size=None, num_workers=workers)
+    problems: dict[str, str] = {}
+
+    def parts() -> Iterator[Batch]:
+        for some, broken in loader:
+            problems.update(broken)
+            yield from some
+
     with tqdm(total=len(rows), desc=title, unit="image") as bar:
-        for parts, broken in loader:
-            problems |= broken
-            for batch in parts:
-                found |= zip(batch.ids, model.look(batch.pixels, batch.sizes), strict=True)
-            bar.update(len(broken) + sum(len(batch.ids) for batch in parts))
-    return found, problems
+        for batch in gathered(parts(), size):
+            for name, found in zip(batch.ids, model.look(batch.pixels, batch.sizes), strict=True):
+                yield name, found, None
+                bar.update()
+        bar.update(len(problems))
+    yield from ((name, None, problem) for name, problem in problems.items())

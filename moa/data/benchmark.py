@@ -4,13 +4,15 @@ Entry point, called by `python -m moa benchmark-data`:
 
     run(config, output)
 
-Three kinds of rows, on rendered photos, each measured in a process of its own:
+Four kinds of rows, on rendered photos, each measured in a process of its own:
 
     miniature     the stages' batches against the plain loop of transformers, one photo at a time, same models
-    scale         the stages, shard by shard, over more and more photos: time, the line through it, memory
+    mixed sizes   as the first, no two photos equally large
     true widths   as the first, with random models of BLIP-2's and Mask2Former's true widths
+    scale         the stages, shard by shard, over more and more photos: time, memory, the lines through them
 
-The plain loop ends in transformers' own post-processing, the stages in theirs (`moa.data.segment.panoptic`).
+The plain loop ends in transformers' own post-processing, the stages in rows ready to be written, with encoded
+masks of `moa.data.segment.panoptic`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,6 @@ from transformers import (
 
 from moa.benchmark import alone, clocked
 from moa.data import caption, segment
-from moa.data.annotators import annotate
 from moa.data.caption import CaptionConfig, Captioner
 from moa.data.records import RAW, Row, decode_image, encode_image, read_rows, write_rows
 from moa.data.segment import SegmentConfig, Segmenter
@@ -52,8 +53,8 @@ from moa.miniature.dataset import run as draw
 
 COLUMNS = (
     "kind", "variant", "models", "photos", "batch_size", "seconds", "images_per_second", "ratio",
-    "cpu_seconds", "cpu_ratio", "fit_cpu_seconds", "residual", "peak_mb", "device", "repeats", "torch",
-    "processor",
+    "cpu_seconds", "cpu_ratio", "fit_cpu_seconds", "residual", "peak_mb", "fit_peak_mb", "peak_residual",
+    "peak_growth", "device", "repeats", "torch", "processor",
 )  # fmt: skip
 VARIANTS = ("loop", "stages")
 BLIP2_LAYERS = {"vision": 39, "qformer": 12, "text": 32}  # BLIP-2 with ViT-g and OPT-2.7B
@@ -73,7 +74,9 @@ class DataBenchmarkConfig:
     repeats: int = 3  # turns of the comparisons
     counts: tuple[int, ...] = (500, 1000, 2000, 5000)  # photos, of `scale`; empty leaves it out
     shard: int = 500  # photos a shard, of `scale`
-    true_size: bool = False  # all layers: 16 GB and hours on a CPU; otherwise few layers of the true widths
+    true_size: bool = (
+        False  # all layers: 20 GB of memory, 16 of disk; otherwise few layers of the true widths
+    )
     true_photos: int = 8  # of the comparison at true widths; 0 leaves it out
     true_batch: int = 4
     true_side: int = 384  # pixels that Mask2Former sees
@@ -112,8 +115,8 @@ class Cost:
 
 def stages(captioner: Captioner, segmenter: Segmenter, rows: Sequence[Row]) -> list[str]:
     """The captions of photos whose people were found, in the stages' batches."""
-    said, _ = annotate(captioner, rows, captioner.config.batch_size, captioner.config.workers, "caption")
-    annotate(segmenter, rows, segmenter.config.batch_size, segmenter.config.workers, "segment")
+    said = {row["id"]: row["caption"] for row in caption.captions(captioner, rows, "caption")}
+    segment.segments(segmenter, rows, "segment")
     return [said[row["id"]] for row in rows]
 
 
@@ -162,9 +165,8 @@ def annotate_shards(settings: Settings, raws: Sequence[Path], folder: Path) -> C
     """Both stages as the workflow runs them, from loading the models to writing the tables, over shards."""
 
     def all_shards() -> None:
-        for raw in raws:
-            caption.run(settings[0], raw, folder / "captions.parquet")
-            segment.run(settings[1], raw, folder / "segments.parquet")
+        caption.run(settings[0], raws, [folder / f"captions-{raw.name}" for raw in raws])
+        segment.run(settings[1], raws, [folder / f"segments-{raw.name}" for raw in raws])
 
     return Cost(*clocked(all_shards, settings[0].device), peak_memory())
 
@@ -240,10 +242,10 @@ def random_mask2former(folder: Path, side: int, true_size: bool, **changes: Any)
 # --- The table --------------------------------------------------------------------------------------------
 
 
-def straight(counts: Sequence[int], seconds: Sequence[float]) -> list[tuple[float, float]]:
-    """For each count the least-squares line's seconds, and by what share of it the measured ones are off."""
-    line = np.polyval(np.polyfit(counts, seconds, 1), counts)
-    return [(float(fit), float(abs(real - fit) / fit)) for fit, real in zip(line, seconds, strict=True)]
+def straight(counts: Sequence[int], costs: Sequence[float]) -> list[tuple[float, float]]:
+    """For each count the least-squares line's cost, and by what share of it the measured one is off."""
+    line = np.polyval(np.polyfit(counts, costs, 1), counts)
+    return [(float(fit), float(abs(real - fit) / fit)) for fit, real in zip(line, costs, strict=True)]
 
 
 def _row(config: DataBenchmarkConfig, photos: int, cost: Cost, **stated: Any) -> dict[str, Any]:
@@ -288,11 +290,12 @@ def comparison(
 def scale(
     config: DataBenchmarkConfig, settings: Settings, raws: Sequence[Path], folder: Path
 ) -> list[dict[str, Any]]:
-    """Rows of the stages over more and more shards."""
+    """Rows of the stages over more and more shards; peak_growth: a peak over that of the first count."""
     costs = [
         alone(annotate_shards, settings, raws[: count // config.shard], folder) for count in config.counts
     ]
-    fits = straight(config.counts, [cost.cpu_seconds for cost in costs])
+    times = straight(config.counts, [cost.cpu_seconds for cost in costs])
+    peaks = straight(config.counts, [cost.peak / 1e6 for cost in costs])
     return [
         _row(
             config,
@@ -302,11 +305,14 @@ def scale(
             variant="stages",
             models="miniature",
             batch_size=config.batch_size,
-            fit_cpu_seconds=f"{fit:.4g}",
-            residual=f"{residual:.4f}",
+            fit_cpu_seconds=f"{time[0]:.4g}",
+            residual=f"{time[1]:.4f}",
+            fit_peak_mb=round(peak[0]),
+            peak_residual=f"{peak[1]:.4f}",
+            peak_growth=f"{cost.peak / costs[0].peak:.3f}",
             repeats=1,
         )
-        for count, cost, (fit, residual) in zip(config.counts, costs, fits, strict=True)
+        for count, cost, time, peak in zip(config.counts, costs, times, peaks, strict=True)
     ]
 
 
@@ -317,19 +323,25 @@ def draw_shard(folder: Path, number: int, photos: int, total: int) -> Path:
     return raw
 
 
-def enlarged(raw: Path, photos: int, side: int, output: Path) -> Path:
-    """The first photos of a shard at another size."""
-    rows = read_rows(raw, RAW)[:photos]
-    for row in rows:
-        image = decode_image(row["image"]).resize((side, side))
-        row |= {"image": encode_image(image), "width": side, "height": side}
+def resized(raw: Path, sizes: Sequence[tuple[int, int]], output: Path) -> Path:
+    """The first photos of a shard at other sizes, (width, height), one for each."""
+    rows = read_rows(raw, RAW)[: len(sizes)]
+    for row, (width, height) in zip(rows, sizes, strict=True):
+        image = decode_image(row["image"]).resize((width, height))
+        row |= {"image": encode_image(image), "width": width, "height": height}
     write_rows(output, rows, RAW)
     return output
 
 
+def mixed(photos: int) -> list[tuple[int, int]]:
+    """Sizes, (width, height), around 64 pixels, of which 1,023 differ before the first comes again."""
+    return [(48 + 7 * n % 33, 48 + 11 * n % 31) for n in range(photos)]
+
+
 def true_widths(config: DataBenchmarkConfig, raw: Path, folder: Path) -> list[dict[str, Any]]:
     """Rows of the comparison with random models of the true widths."""
-    photos = enlarged(raw, config.true_photos, config.true_side, folder / "large.parquet")
+    sizes = [(config.true_side, config.true_side)] * config.true_photos
+    photos = resized(raw, sizes, folder / "large.parquet")
     names = [
         alone(random_blip2, folder / "captioner", config.captioner, config.true_size),
         alone(random_mask2former, folder / "segmenter", config.true_side, config.true_size),
@@ -347,6 +359,8 @@ def run(config: DataBenchmarkConfig, output: Path) -> None:
         folder = Path(name)
         few = draw_shard(folder, 0, config.photos, config.photos)
         rows += comparison(config, "miniature", "miniature", settings, few)
+        varied = resized(few, mixed(config.photos), folder / "mixed.parquet")
+        rows += comparison(config, "mixed sizes", "miniature", settings, varied)
         if config.true_photos:
             rows += true_widths(config, few, folder)
         if config.counts:

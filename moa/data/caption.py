@@ -2,7 +2,7 @@
 
 Entry point, called by `python -m moa caption`:
 
-    run(config, raw, output)      one raw shard → one caption shard, a row for every photo
+    run(config, raw, output)      raw shards → as many caption shards, a row for every photo
 
 A photo that cannot be read, or about which the model says nothing, keeps its row with `problem` set;
 alignment rejects and counts it.
@@ -29,10 +29,11 @@ from moa.data.annotators import (
     check_positive,
     check_workers,
     load,
+    paired,
     pixel_values,
     revision,
 )
-from moa.data.records import CAPTION, RAW, read_rows, write_rows
+from moa.data.records import CAPTION, RAW, Row, read_rows, write_rows
 from moa.methods import ModelSource
 
 
@@ -93,24 +94,27 @@ class Captioner:
         return int((tokens[0] == image).cumprod(0).sum()) if image is not None and len(tokens) else 0
 
 
-def run(config: CaptionConfig, raw: str | Path, output: str | Path) -> None:
-    """Caption every photo of a raw shard. Raises DataError for a bad shard or model."""
-    rows = read_rows(raw, RAW)
+def captions(captioner: Captioner, photos: Sequence[Row], title: str) -> list[Row]:
+    """A row of `CAPTION` for each photo."""
+    config = captioner.config
+    said: dict[str, Row] = {}
+    for name, text, problem in annotate(captioner, photos, config.batch_size, config.workers, title):
+        silent = None if text or problem else "empty_caption: the model said nothing"
+        said[name] = {"caption": text or None, "problem": problem or silent}
+    made_by = {
+        "model": config.model.id,
+        "revision": captioner.revision,
+        "settings": json.dumps(config.decoding | {"precision": config.precision}, sort_keys=True),
+    }
+    return [{"id": photo["id"]} | said[photo["id"]] | made_by for photo in photos]
+
+
+def run(config: CaptionConfig, raw: Sequence[Path], output: Sequence[Path]) -> None:
+    """Caption every photo of raw shards, each shard to the table of its place; the model is loaded once.
+
+    Raises DataError for a bad shard or model, ValueError unless there are as many tables as shards.
+    """
+    shards = paired(raw, output)
     captioner = Captioner(config)
-    captions, problems = annotate(
-        captioner, rows, config.batch_size, config.workers, f"caption {Path(raw).stem}"
-    )
-    problems |= {name: "empty_caption: the model said nothing" for name, text in captions.items() if not text}
-    settings = json.dumps(config.decoding | {"precision": config.precision}, sort_keys=True)
-    annotated = [
-        {
-            "id": row["id"],
-            "caption": captions.get(row["id"]) or None,
-            "problem": problems.get(row["id"]),
-            "model": config.model.id,
-            "revision": captioner.revision,
-            "settings": settings,
-        }
-        for row in rows
-    ]
-    write_rows(output, annotated, CAPTION)
+    for shard, table in shards:
+        write_rows(table, captions(captioner, read_rows(shard, RAW), f"caption {shard.stem}"), CAPTION)

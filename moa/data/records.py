@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ from moa.photos import convert
 
 Row = dict[str, Any]
 IdMap = NDArray[np.int32]
+
+PHOTOS_A_GROUP = 8  # rows of a row group of a table with photos: as few are read at a time
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as the Image feature of `datasets`
 _BOX = pa.list_(pa.int32(), 4)  # x1, y1, x2, y2 in pixels; x2 and y2 exclusive
@@ -164,7 +169,10 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]], schema: pa.S
         _column(path, [row[field.name] for row in listed], field, field.name in optional) for field in schema
     ]
     table = pa.Table.from_arrays(columns, schema=schema)
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+    options = {"row_group_size": PHOTOS_A_GROUP} if "image" in schema.names else {}
+    write_atomically(
+        path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True, **options)
+    )
 
 
 def _column(path: str | Path, values: list[Any], field: pa.Field, optional: bool) -> pa.Array:
@@ -177,25 +185,31 @@ def _column(path: str | Path, values: list[Any], field: pa.Field, optional: bool
     return column
 
 
-def read_table(path: str | Path, schema: pa.Schema) -> pa.Table:
-    """Read a parquet file and check it against `schema`.
-
-    Raises DataError, naming the file and the cure, if it is missing, cut short or damaged, and, naming the
-    column, if it is a table of another kind.
-    """
+@contextmanager
+def _opened(path: str | Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
+    """A parquet file of `schema`; DataError, as `read_table` says, if it is none or cannot be read."""
     if not Path(path).is_file():
         raise DataError(f"{path} does not exist; run the workflow to make it, or correct the path")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            found = file.schema_arrow
-            if [f.name for f in found] == schema.names:
-                table = file.read()
+            _check_schema(path, file.schema_arrow, schema)
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is cut short or damaged ({error}); delete it and run the same command again"
         ) from error
-    _check_schema(path, found, schema)
-    return table.cast(schema)
+
+
+def read_table(path: str | Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a parquet file, or some columns of it, and check it against `schema`.
+
+    Raises DataError, naming the file and the cure, if it is missing, cut short or damaged, and, naming the
+    column, if it is a table of another kind.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    with _opened(path, schema) as file:
+        table = file.read(columns=wanted.names)
+    return table.select(wanted.names).cast(wanted)
 
 
 def _check_schema(path: str | Path, found: pa.Schema, wanted: pa.Schema) -> None:
@@ -212,10 +226,46 @@ def _check_schema(path: str | Path, found: pa.Schema, wanted: pa.Schema) -> None
         raise DataError(f"{path} is no {kind} table: its columns must be in the order {wanted.names}")
 
 
-def read_rows(paths: str | Path | Sequence[str | Path], schema: pa.Schema) -> list[Row]:
+def each_row(
+    paths: Iterable[str | Path], schema: pa.Schema, columns: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """The rows of several files, of which a row group at a time is in memory; errors as in `read_table`."""
+    for path in paths:
+        with _opened(path, schema) as file:
+            for group in range(file.num_row_groups):
+                yield from file.read_row_group(group, columns).to_pylist()
+
+
+def read_rows(
+    paths: str | Path | Sequence[str | Path], schema: pa.Schema, columns: Sequence[str] | None = None
+) -> list[Row]:
     """All rows of one file, or of several in the given order; errors as in `read_table`."""
-    several = [paths] if isinstance(paths, (str, Path)) else paths
-    return [row for path in several for row in read_table(path, schema).to_pylist()]
+    return list(each_row([paths] if isinstance(paths, (str, Path)) else paths, schema, columns))
+
+
+def count_rows(path: str | Path, schema: pa.Schema) -> int:
+    """How many rows a file has; none is read. Errors as in `read_table`."""
+    with _opened(path, schema) as file:
+        return int(file.metadata.num_rows)
+
+
+def read_at(path: str | Path, schema: pa.Schema, places: Iterable[int]) -> list[Row]:
+    """The rows at these places, counted from 0, of which only the row groups are read.
+
+    Errors as in `read_table`, and IndexError for a place that is not there.
+    """
+    with _opened(path, schema) as file:
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
+        return [_row_at(file, starts, place) for place in places]
+
+
+def _row_at(file: pq.ParquetFile, starts: Sequence[int], place: int) -> Row:
+    if not 0 <= place < starts[-1]:
+        raise IndexError(f"there is no row {place} of {starts[-1]}")
+    group = bisect_right(starts, place) - 1
+    row: Row = file.read_row_group(group).slice(place - starts[group], 1).to_pylist()[0]
+    return row
 
 
 # --- Images and masks -------------------------------------------------------------------------------------

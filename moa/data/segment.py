@@ -2,7 +2,7 @@
 
 Entry point, called by `python -m moa segment`:
 
-    run(config, raw, output)      one raw shard → one segment shard, a row for every photo
+    run(config, raw, output)      raw shards → as many segment shards, a row for every photo
 
 `Segmenter` is also the detector of miniature evaluations.
 """
@@ -10,7 +10,7 @@ Entry point, called by `python -m moa segment`:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from moa.data.annotators import (
     check_positive,
     check_workers,
     load,
+    paired,
     pixel_values,
     revision,
 )
@@ -92,16 +93,33 @@ def panoptic(
     if not keep.any():
         return []
     scores, labels = scores[keep], labels[keep]
-    logits = interpolate(mask_logits[keep][None].float(), size=size, mode="bilinear", align_corners=False)
-    probabilities = logits[0].sigmoid()
-    owner = (scores[:, None, None] * probabilities).argmax(0)
+    claimed, owner = _claims(scores, mask_logits[keep], size, mask_threshold)
     found = []
     for query, (score, label) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True)):
-        claimed = probabilities[query] >= mask_threshold
-        pixels = claimed & (owner == query)
-        if pixels.any() and pixels.sum() >= overlap * claimed.sum():
+        pixels = claimed[query] & (owner == query)
+        if pixels.any() and pixels.sum() >= overlap * claimed[query].sum():
             found.append((int(label), float(score), pixels))
     return found
+
+
+def _claims(
+    scores: torch.Tensor, mask_logits: torch.Tensor, size: tuple[int, int], mask_threshold: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pixels that each query claims, [Q, H, W] bool, and the surest query of each pixel, [H, W].
+
+    Query by query, since probabilities of all at a photo's own size would not fit in memory.
+    """
+    claimed = torch.empty((len(scores), *size), dtype=torch.bool, device=scores.device)
+    owner = torch.zeros(size, dtype=torch.int32, device=scores.device)
+    surest = torch.full(size, -1.0, device=scores.device)
+    for query, (score, logits) in enumerate(zip(scores, mask_logits[:, None, None].float(), strict=True)):
+        enlarged = interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        probabilities = enlarged[0, 0].sigmoid()
+        claimed[query] = probabilities >= mask_threshold
+        sure = score * probabilities
+        owner[sure > surest] = query
+        surest = torch.maximum(surest, sure)
+    return claimed, owner
 
 
 class Segmenter:
@@ -126,18 +144,17 @@ class Segmenter:
         """The people of RGB images of one size. Raises DataError for images of several sizes."""
         if len({image.size for image in images}) > 1:
             raise DataError("images of one call must have the same size; call once for each size")
-        return self.look(self.prepare(images), [(image.height, image.width) for image in images])
+        return list(self.look(self.prepare(images), [(image.height, image.width) for image in images]))
 
     @torch.inference_mode()
-    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> list[Segmentation]:
-        """The same of what `prepare` made of images of these sizes, (height, width)."""
+    def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Segmentation]:
+        """The same of what `prepare` made of images of these sizes, (height, width), one after the other."""
         pixels = pixels.to(self.config.device, DTYPES[self.config.precision])
         outputs = self.model(pixel_values=pixels)
-        logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
-        return [
-            self._people(classes, masks, size) for (classes, masks), size in zip(logits, sizes, strict=True)
-        ]
+        logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        return map(self._people, *logits, sizes)
 
+    @torch.inference_mode()
     def _people(self, classes: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> Segmentation:
         config = self.config
         found = panoptic(classes, masks, size, config.threshold, config.mask_threshold, config.overlap)
@@ -164,24 +181,30 @@ def _middle(pixels: np.ndarray) -> float:
     return float(np.nonzero(pixels)[1].mean())
 
 
-def run(config: SegmentConfig, raw: str | Path, output: str | Path) -> None:
-    """Find the people of every photo of a raw shard. Raises DataError for a bad shard or model."""
-    rows = read_rows(raw, RAW)
-    segmenter = Segmenter(config)
-    found, problems = annotate(
-        segmenter, rows, config.batch_size, config.workers, f"segment {Path(raw).stem}"
-    )
-    settings = json.dumps(config.settings, sort_keys=True)
-    annotated = [
-        {
-            "id": row["id"],
-            "mask": encode_mask(found[row["id"]].mask) if row["id"] in found else None,
-            "segments": found[row["id"]].segments if row["id"] in found else [],
-            "problem": problems.get(row["id"]),
-            "model": config.model.id,
-            "revision": segmenter.revision,
-            "settings": settings,
+def segments(segmenter: Segmenter, photos: Sequence[Row], title: str) -> list[Row]:
+    """A row of `SEGMENT` for each photo; masks are encoded as they come, and their pixels given up."""
+    config = segmenter.config
+    found: dict[str, Row] = {}
+    for name, people, problem in annotate(segmenter, photos, config.batch_size, config.workers, title):
+        found[name] = {
+            "mask": encode_mask(people.mask) if people else None,
+            "segments": people.segments if people else [],
+            "problem": problem,
         }
-        for row in rows
-    ]
-    write_rows(output, annotated, SEGMENT)
+    made_by = {
+        "model": config.model.id,
+        "revision": segmenter.revision,
+        "settings": json.dumps(config.settings, sort_keys=True),
+    }
+    return [{"id": photo["id"]} | found[photo["id"]] | made_by for photo in photos]
+
+
+def run(config: SegmentConfig, raw: Sequence[Path], output: Sequence[Path]) -> None:
+    """Find the people of raw shards, each shard's in the table of its place; the model is loaded once.
+
+    Raises DataError for a bad shard or model, ValueError unless there are as many tables as shards.
+    """
+    shards = paired(raw, output)
+    segmenter = Segmenter(config)
+    for shard, table in shards:
+        write_rows(table, segments(segmenter, read_rows(shard, RAW), f"segment {shard.stem}"), SEGMENT)

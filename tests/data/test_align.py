@@ -332,6 +332,24 @@ def test_the_scorer_decides_between_different_words():
     assert [s["segment_id"] for s in match(photo, caption, people, segments, no_scores, True)] == [1, 2]
 
 
+def test_one_person_of_one_photo_is_not_judged():
+    """There is nothing to choose, and CLIP takes seconds on a CPU."""
+    caption = "a man in red"
+
+    def judge(photo, texts, found):
+        raise AssertionError("asked for a score that decides nothing")
+
+    [person], [segment] = person_phrases(caption), people_and_segments()[2][:1]
+    assert match(Image.new("RGB", (20, 20)), caption, [person], [segment], judge, True, judge) == [segment]
+
+
+def test_clip_alone_follows_the_device(clip, tokenizer):
+    """Without it a job needs no GPU, and must not look for one on a machine that has none."""
+    config = AlignConfig(tokenizer, "", matcher="clip", clip=clip, device="meta")
+    assert Aligner.load(config).scorer.model.device.type == "meta"
+    assert replace(config, matcher="label").device == "cpu"
+
+
 def test_clip_scores_are_cosines_of_crops_and_clauses(clip, tokenizer):
     """Against CLIP's own logits: the same scores up to its temperature."""
     caption, people, segments = people_and_segments()

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def mixed(rendered, tmp_path) -> Path:
 def test_every_photo_gets_a_row_and_broken_ones_say_why(captioner, mixed, tmp_path):
     """One rotten file must not stop a run of thousands, nor vanish from the account."""
     output = tmp_path / "captions.parquet"
-    caption.run(CaptionConfig(captioner, max_new_tokens=5), mixed, output)
+    caption.run(CaptionConfig(captioner, max_new_tokens=5), [mixed], [output])
     rows = read_rows(output, CAPTION)
     assert [row["id"] for row in rows] == [row["id"] for row in read_rows(mixed, RAW)]
     assert rows[0]["caption"]
@@ -96,9 +98,9 @@ def test_workers_change_nothing(stage, captioner, segmenter, mixed, tmp_path):
         output = tmp_path / f"{workers}.parquet"
         if stage == "caption":
             config = CaptionConfig(captioner, batch_size=2, max_new_tokens=5, workers=workers)
-            caption.run(config, mixed, output)
+            caption.run(config, [mixed], [output])
         else:
-            segment.run(settings(segmenter, batch_size=2, workers=workers), mixed, output)
+            segment.run(settings(segmenter, batch_size=2, workers=workers), [mixed], [output])
     assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
 
 
@@ -119,13 +121,155 @@ def test_photos_are_decoded_and_resized_in_the_workers(captioner, rendered, tmp_
     monkeypatch.setattr(speak, "look", lambda pixels, sizes: seen.append(len(pixels)) or [""] * len(pixels))
     monkeypatch.setattr(annotators, "decode_image", decode)
     rows = read_rows(rendered.raw, RAW)
-    found, problems = annotators.annotate(speak, rows, 10, 1, "test")
-    assert (seen, list(found), problems) == ([10, 10, 4], [row["id"] for row in rows], {})
+    found = list(annotators.annotate(speak, rows, 10, 1, "test"))
+    assert (seen, found) == ([10, 10, 4], [(row["id"], "", None) for row in rows])
+
+
+# --- Photos of different sizes ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wild(rendered, tmp_path) -> Path:
+    """A shard of 24 photos, hardly two of which are equally large, and one that is broken."""
+    rows = read_rows(rendered.raw, RAW)
+    for n, row in enumerate(rows):
+        side = (60 + 2 * n, 64) if n % 3 else (64, 90 + n)
+        row["image"] = encode_image(decode_image(row["image"]).resize(side))
+        row["width"], row["height"] = side
+    rows[5]["image"]["bytes"] = rows[5]["image"]["bytes"][:400]
+    write_rows(tmp_path / "wild.parquet", rows, RAW)
+    return tmp_path / "wild.parquet"
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the batches that models are shown, (photos, height, width)."""
+    shapes: list[tuple[int, ...]] = []
+    for kind in (Captioner, Segmenter):
+
+        def look(self, pixels, sizes, plain=kind.look):
+            shapes.append((len(pixels), *pixels.shape[2:]))
+            return plain(self, pixels, sizes)
+
+        monkeypatch.setattr(kind, "look", look)
+    return shapes
+
+
+def test_captions_of_photos_of_any_size_are_made_in_full_batches(captioner, wild, seen, tmp_path):
+    """The captioner sees every photo as one square; in the wild no photo is as large as the next."""
+    for size in (8, 1):
+        config = CaptionConfig(captioner, batch_size=size, max_new_tokens=8)
+        caption.run(config, [wild], [tmp_path / f"{size}.parquet"])
+    assert seen == [(8, 32, 32)] * 2 + [(7, 32, 32)] + [(1, 32, 32)] * 23
+    rows = read_rows(tmp_path / "8.parquet", CAPTION)
+    assert rows == read_rows(tmp_path / "1.parquet", CAPTION)
+    assert len({row["caption"] for row in rows}) > 2
+    assert [row["id"] for row in rows] == [row["id"] for row in read_rows(wild, RAW)]
+
+
+def test_people_in_photos_of_any_size_are_those_of_one_photo_at_a_time(segmenter, wild, seen, tmp_path):
+    """As Mask2Former's processor of COCO: the shorter side is given, and sides are multiples of 32."""
+    source = tmp_path / "segmenter"
+    shutil.copytree(segmenter.id, source)
+    processor = AutoImageProcessor.from_pretrained(source)
+    processor.size, processor.size_divisor = {"shortest_edge": 64, "longest_edge": 128}, 32
+    processor.save_pretrained(source)
+    for size in (4, 1):
+        config = settings(ModelSource(str(source)), batch_size=size, threshold=0.2)
+        segment.run(config, [wild], [tmp_path / f"{size}.parquet"])
+    together = [shape for shape in seen if shape[0] > 1]
+    assert len({shape[1:] for shape in seen}) > 3 and sum(photos for photos, *_ in together) > 16
+    assert len(seen) < 23 + 12
+    rows, alone = (read_rows(tmp_path / f"{size}.parquet", SEGMENT) for size in (4, 1))
+    assert sum(len(row["segments"]) for row in rows) > 20
+    for one, other, photo in zip(rows, alone, read_rows(wild, RAW), strict=True):
+        assert (one["id"], one["problem"]) == (other["id"], other["problem"])
+        if one["problem"]:
+            continue
+        mask = decode_mask(one["mask"])
+        assert mask.shape == (photo["height"], photo["width"])
+        assert (mask == decode_mask(other["mask"])).mean() > 0.999
+        ids = [[s["segment_id"] for s in row["segments"]] for row in (one, other)]
+        scores = [[s["score"] for s in row["segments"]] for row in (one, other)]
+        assert ids[0] == ids[1]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def part(*names: str, side: int = 1) -> annotators.Batch:
+    return annotators.Batch(list(names), [(side, side)] * len(names), torch.zeros(len(names), 3, side, side))
+
+
+def test_photos_wait_for_others_that_look_equally_large():
+    parts = [part("a"), part("b", side=2), part("c", "d"), part("e", "f", side=2), part("g"), part("h")]
+    made = [batch.ids for batch in annotators.gathered(parts, 2)]
+    assert made == [["a", "c"], ["b", "e"], ["d", "g"], ["f"], ["h"]]
+
+
+def test_no_more_photos_wait_than_memory_was_promised():
+    """Of very many sizes, too few are alike to fill a batch."""
+    names = [f"{n}-{side}" for n in range(3) for side in range(1, 41)]
+    waiting, most, made = 0, 0, []
+
+    def parts():
+        nonlocal waiting, most
+        for name in names:
+            waiting += 1
+            most = max(most, waiting)
+            yield part(name, side=int(name.split("-")[1]))
+
+    for batch in annotators.gathered(parts(), 4):
+        waiting -= len(batch)
+        made.append(batch)
+    assert most == 4 * annotators.WAITING + 1
+    assert sorted(name for batch in made for name in batch.ids) == sorted(names)
+    assert all({name.split("-")[1] for name in b.ids} == {str(b.pixels.shape[2])} for b in made)
+
+
+def test_masks_of_a_shard_are_not_held_as_pixels(rendered):
+    """Of 500 photos of 12 megapixels they would be 24 GB."""
+
+    class Fake(SimpleNamespace):
+        def look(self, pixels, sizes):
+            return (segment.Segmentation(np.zeros((1000, 1000), np.int32)) for _ in sizes)
+
+    fake = Fake(
+        config=SegmentConfig(ModelSource("fake"), batch_size=8), revision="0",
+        prepare=lambda images: torch.zeros(len(images), 3, 2, 2),
+    )  # fmt: skip
+    photos = read_rows(rendered.raw, RAW)
+    tracemalloc.start()
+    try:
+        rows = segment.segments(fake, photos, "test")
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 24 and decode_mask(rows[0]["mask"]).shape == (1000, 1000)
+    assert held < 4 * 4e6, "of 24 masks of 4 MB"
+
+
+@pytest.mark.parametrize(("stage", "loaded"), [(caption, "Captioner"), (segment, "Segmenter")])
+def test_one_model_looks_at_several_shards(
+    stage, loaded, captioner, segmenter, rendered, mixed, monkeypatch, tmp_path
+):
+    """Loading it takes longer than a shard; what comes out is what a job for each shard makes."""
+    config = CaptionConfig(captioner) if stage is caption else settings(segmenter)
+    shards = [Path(rendered.raw), mixed]
+    for n, shard in enumerate(shards):
+        stage.run(config, [shard], [tmp_path / f"alone-{n}.parquet"])
+    kind, made = getattr(stage, loaded), []
+    monkeypatch.setattr(stage, loaded, lambda config: made.append(kind(config)) or made[-1])
+    together = [tmp_path / f"together-{n}.parquet" for n in range(2)]
+    stage.run(config, shards, together)
+    assert len(made) == 1
+    for n, table in enumerate(together):
+        assert table.read_bytes() == (tmp_path / f"alone-{n}.parquet").read_bytes()
+    with pytest.raises(ValueError, match="raw names 2 shards, and output 1 tables"):
+        stage.run(config, shards, together[:1])
 
 
 def test_a_silent_captioner_is_quarantined(captioner, rendered, tmp_path, monkeypatch):
     monkeypatch.setattr(Captioner, "look", lambda self, pixels, sizes: ["a man"] + [""] * (len(pixels) - 1))
-    caption.run(CaptionConfig(captioner, batch_size=12), rendered.raw, tmp_path / "captions.parquet")
+    caption.run(CaptionConfig(captioner, batch_size=12), [rendered.raw], [tmp_path / "captions.parquet"])
     rows = read_rows(tmp_path / "captions.parquet", CAPTION)
     silent = [row for row in rows if row["caption"] is None]
     assert len(silent) == 22
@@ -162,7 +306,7 @@ def test_missing_or_damaged_weights_name_key_and_folder(captioner, tmp_path, dam
 def test_segments_are_consistent_with_their_mask(segmenter, mixed, tmp_path):
     """Training trusts ids, boxes and areas; masks are as large as their photo."""
     output = tmp_path / "segments.parquet"
-    segment.run(settings(segmenter), mixed, output)
+    segment.run(settings(segmenter), [mixed], [output])
     rows = read_rows(output, SEGMENT)
     assert [row["id"] for row in rows] == [row["id"] for row in read_rows(mixed, RAW)]
     assert all(row["problem"].startswith("broken_image: ") and row["mask"] is None for row in rows[1:3])

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from moa.data import align, card
+from moa.choose import spread
+from moa.data import align, card, held_out
 from moa.data.align import AlignConfig
 from moa.data.card import CardConfig
 from moa.data.errors import DataError
+from moa.data.held_out import HeldOutConfig
 from moa.data.parser import PHRASES, Lexicon
-from moa.data.records import RECORD, REJECTED, decode_mask, encode_image, encode_mask, read_rows, write_rows
+from moa.data.records import (
+    RECORD,
+    REJECTED,
+    SUBJECT,
+    decode_mask,
+    encode_image,
+    encode_mask,
+    read_rows,
+    write_rows,
+)
 
 
 @pytest.fixture
@@ -61,10 +74,72 @@ def test_areas_are_shares_of_the_photo(shards):
 
 def test_the_data_hash_sees_content_not_order(shards):
     records = read_rows(shards[0], RECORD)
-    first = card.data_hash(records)
-    assert card.data_hash(records[::-1]) == first
+    first = card.data_hash(map(card.hashed, records))
+    assert card.data_hash(map(card.hashed, records[::-1])) == first
     records[0]["caption"] += "."
-    assert card.data_hash(records) != first
+    assert card.data_hash(map(card.hashed, records)) != first
+
+
+def test_the_sheet_shows_records_from_all_over_the_shards(shards, tmp_path):
+    """By their places alone: as if all shards were one list, of which some are picked."""
+    records = read_rows(shards[0], RECORD)
+    parts = records[:2], [], records[2:7], records[7:]
+    paths = [tmp_path / f"{n}.parquet" for n in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        write_rows(path, part, RECORD)
+    drawn = card.draw_sheet(CardConfig(images=5, side=60), paths, [len(part) for part in parts])
+    tiles = [card.tile(record, 60) for record in spread(records, 5)]
+    assert np.array_equal(np.asarray(drawn), np.asarray(card.contact_sheet(tiles, 4)))
+    assert len({tile.tobytes() for tile in tiles}) == 5
+
+
+def heavy(records: list, folder, count: int) -> list:
+    """So many shards of 40 records, of which each photo has half a megabyte that no picture is made of."""
+    ballast = np.random.default_rng(0).bytes(500_000)
+    photo = records[0]["image"]["bytes"] + ballast
+    paths = [folder / f"heavy-{n}.parquet" for n in range(count)]
+    for path in paths:
+        rows = [records[0] | {"id": f"{path.stem}-{n}", "image": {"bytes": photo}} for n in range(40)]
+        write_rows(path, rows, RECORD)
+    return paths
+
+
+@pytest.fixture
+def peak():
+    """The most bytes that Python and Arrow held while something was done."""
+
+    def measured(do) -> int:
+        default = pa.default_memory_pool()
+        pool = pa.proxy_memory_pool(default)
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        try:
+            do()
+            return tracemalloc.get_traced_memory()[1] + pool.max_memory()
+        finally:
+            tracemalloc.stop()
+            pa.set_memory_pool(default)
+
+    return measured
+
+
+def test_the_card_of_many_photos_holds_few_of_them(shards, tmp_path, peak):
+    """The photos of a whole data set do not fit in memory: one row group of them must, 4 MB here."""
+    paths = heavy(read_rows(shards[0], RECORD), tmp_path, 4)
+    made = [tmp_path / name for name in ("c.json", "c.md", "s.png")]
+    held = peak(lambda: card.run(CardConfig(images=6), paths, [shards[1]], *made))
+    assert 4e6 < held < 12e6, f"{held:,} bytes, of {4 * 40 * 500_000:,} of photos"
+    assert json.loads(made[0].read_text())["records"] == 160
+
+
+def test_held_out_subjects_are_chosen_without_their_photos(shards, tmp_path, peak):
+    alone = [record for record in read_rows(shards[0], RECORD) if len(record["segments"]) == 1]
+    paths = heavy(alone, tmp_path, 4)
+    held = peak(lambda: held_out.run(HeldOutConfig(subjects=2), paths, tmp_path / "subjects.parquet"))
+    assert 4e6 < held < 12e6, f"{held:,} bytes, of {4 * 40 * 500_000:,} of photos"
+    found = read_rows(tmp_path / "subjects.parquet", SUBJECT)
+    assert [row["id"] for row in found] == ["heavy-0-0", "heavy-2-0"]
+    assert {row["word"] for row in found} == {alone[0]["segments"][0]["word"]}
 
 
 def test_the_overlay_tints_each_subject_in_its_own_colour():
@@ -97,7 +172,7 @@ def test_histograms_hold_their_edges():
 def test_photos_of_many_sizes_fall_into_few_bins():
     """Each in one, the smallest and the largest too."""
     sizes = [(64, 900), (1024, 1024), (4000, 3000), (3, 5), *((600 + n, 700 + n) for n in range(500))]
-    found = card.shorter_sides([{"width": width, "height": height} for width, height in sizes])
+    found = card.histogram([min(size) for size in sizes], card.SIDES)
     assert len(found) == 10 and sum(found.values()) == len(sizes)
     assert (found["0–64"], found["64–128"], found["1024–1536"], found["2048–4096"]) == (1, 1, 77, 1)
     assert (found["512–768"], found["768–1024"]) == (168, 256)

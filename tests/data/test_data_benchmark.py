@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Blip2ForConditionalGeneration, Mask2FormerForUniversalSegmentation
 
+from moa import stages as stage_table
 from moa.data import benchmark
 from moa.data.benchmark import (
     COLUMNS,
@@ -23,6 +24,7 @@ from moa.data.benchmark import (
 from moa.data.caption import Captioner, mend
 from moa.data.records import RAW, decode_image, read_rows
 from moa.data.segment import Segmenter
+from moa.hashing import ROOT
 from moa.methods import ModelSource
 
 TINY_BLIP2 = {
@@ -113,20 +115,25 @@ def test_a_run_has_a_row_for_everything(captioner, small, monkeypatch, tmp_path)
     assert tuple(table[0]) == COLUMNS
     assert [(row["kind"], row["variant"], row["photos"]) for row in table] == [
         ("miniature", "loop", "3"), ("miniature", "stages", "3"),
+        ("mixed sizes", "loop", "3"), ("mixed sizes", "stages", "3"),
         ("true widths", "loop", "3"), ("true widths", "stages", "3"),
         ("scale", "stages", "2"), ("scale", "stages", "4"), ("scale", "stages", "6"),
     ]  # fmt: skip
     for row in table:
         rate = float(row["photos"]) / float(row["seconds"])
         assert float(row["images_per_second"]) == pytest.approx(rate, rel=1e-3)
-    for base, other in (table[:2], table[2:4]):
+    for base, other in (table[:2], table[2:4], table[4:6]):
         assert float(base["ratio"]) == float(base["cpu_ratio"]) == 1
         quotient = float(base["seconds"]) / float(other["seconds"])
         assert float(other["ratio"]) == pytest.approx(quotient, rel=1e-2)
-    for row in table[4:]:
+    for row in table[6:]:
         off = abs(float(row["cpu_seconds"]) / float(row["fit_cpu_seconds"]) - 1)
         assert float(row["residual"]) == pytest.approx(off, abs=2e-3)
         assert int(row["peak_mb"]) > 100
+        off = abs(float(row["peak_mb"]) / float(row["fit_peak_mb"]) - 1)
+        assert float(row["peak_residual"]) == pytest.approx(off, abs=2e-3)
+        grown = float(row["peak_mb"]) / float(table[6]["peak_mb"])
+        assert float(row["peak_growth"]) == pytest.approx(grown, abs=2e-3)
 
 
 def test_more_photos_are_looked_at_shard_by_shard(monkeypatch, tmp_path):
@@ -146,12 +153,24 @@ def test_more_photos_are_looked_at_shard_by_shard(monkeypatch, tmp_path):
     assert len(set(ids)) == 8
 
 
-def test_photos_are_enlarged_for_true_widths(rendered, tmp_path):
-    path = benchmark.enlarged(rendered.raw, 2, 96, tmp_path / "large.parquet")
-    rows = read_rows(path, RAW)
-    assert [decode_image(row["image"]).size for row in rows] == [(96, 96)] * 2
-    assert [(row["width"], row["height"]) for row in rows] == [(96, 96)] * 2
+def test_photos_are_resized_as_asked(rendered, tmp_path):
+    sizes = [(96, 96), *benchmark.mixed(5)]
+    rows = read_rows(benchmark.resized(rendered.raw, sizes, tmp_path / "other.parquet"), RAW)
+    assert [decode_image(row["image"]).size for row in rows] == sizes
+    assert [(row["width"], row["height"]) for row in rows] == sizes
     assert np.ptp(np.asarray(decode_image(rows[0]["image"]))) > 0
+    assert len(set(benchmark.mixed(1000))) == 1000
+
+
+def test_the_models_that_are_measured_are_inputs_of_the_rule(monkeypatch):
+    """Other weights cost differently; the workflow knows the defaults without importing PyTorch."""
+    monkeypatch.chdir(ROOT)
+    known = DataBenchmarkConfig()
+    found = stage_table.benchmark_files({"data": {"benchmark": {}}})
+    assert {str(Path(file).parent) for file in found} == {known.captioner.id, known.segmenter.id}
+    other = {"data": {"benchmark": {"captioner": {"id": "moa/miniature/weights/identity"}}}}
+    folders = {str(Path(file).parent) for file in stage_table.benchmark_files(other)}
+    assert folders == {"moa/miniature/weights/identity", known.segmenter.id}
 
 
 @pytest.mark.parametrize(

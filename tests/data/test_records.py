@@ -72,6 +72,21 @@ def test_rows_come_back_as_they_were_written(kind, tmp_path):
     assert read_rows([tmp_path / "none.parquet", tmp_path / "t.parquet"], schema) == [row, row]
 
 
+def test_single_rows_and_columns_are_what_the_whole_file_holds(tmp_path):
+    """From one row group and the next; a place that is not there is an error, not another photo."""
+    rows = [ROWS["record"][1] | {"id": str(n), "image": IMAGE | {"path": str(n)}} for n in range(70)]
+    path = tmp_path / "t.parquet"
+    write_rows(path, rows, RECORD)
+    assert pq.ParquetFile(path).num_row_groups == 9
+    assert records.count_rows(path, RECORD) == 70
+    assert records.read_at(path, RECORD, [69, 0, 8, 7]) == [rows[n] for n in (69, 0, 8, 7)]
+    columns = ["id", "segments"]
+    assert read_rows(path, RECORD, columns) == [{name: row[name] for name in columns} for row in rows]
+    for place in (-1, 70):
+        with pytest.raises(IndexError, match=f"no row {place} of 70"):
+            records.read_at(path, RECORD, [place])
+
+
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     """A rerun that changes nothing must not make later results look changed."""
     for name in ("a", "b"):

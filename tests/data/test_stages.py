@@ -49,8 +49,8 @@ def taken_in(rendered, tmp_path):
 def test_a_photograph_goes_through_every_stage(taken_in, captioner, segmenter, tokenizer, tmp_path):
     names = ("captions", "segments", "records", "rejected", "phrases")
     captions, segments, records, rejected, phrases = (tmp_path / f"{name}.parquet" for name in names)
-    caption.run(CaptionConfig(captioner, max_new_tokens=8), taken_in, captions)
-    segment.run(SegmentConfig(segmenter, **tiny.LENIENT), taken_in, segments)
+    caption.run(CaptionConfig(captioner, max_new_tokens=8), [taken_in], [captions])
+    segment.run(SegmentConfig(segmenter, **tiny.LENIENT), [taken_in], [segments])
     config = AlignConfig(tokenizer, "", phrases="lexicon", max_rejected=1.0)
     align.run(config, "train", taken_in, captions, segments, records, rejected, phrases)
 

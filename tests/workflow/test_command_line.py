@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from moa import __main__ as command_line
-from moa import options, stages
+from moa import gpus, options, stages
 from moa.config import complete
+from moa.evaluation.features import ScoreConfig
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
@@ -207,6 +210,21 @@ def test_missing_gpu_is_said_before_anything_runs(stage: str, monkeypatch: pytes
         )
 
 
+def test_a_stage_on_the_gpu_takes_one_of_several(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before it looks whether there is any; on the CPU it takes none."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpus, "HELD", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] == "4")
+    monkeypatch.setattr(
+        command_line, "_function", lambda name: (lambda config: None, {"config": ScoreConfig})
+    )
+    command_line.run(["score"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,7"
+    command_line.run(["score", "--change", '{"device": "cuda"}'])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+
+
 def test_train_is_short_for_train_moa(capsys: pytest.CaptureFixture[str]) -> None:
     helps = []
     for stage in ("train", "train-moa"):
@@ -226,6 +244,30 @@ def test_several_values_and_repeated_options(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(command_line, "_function", lambda name: (stage, _hints(stage)))
     command_line.run(["merge", "--files", "a", "b", "--files", "c", "--flag", "--names", "x", "y"])
     assert seen == {"files": [Path("a"), Path("b"), Path("c")], "count": 1, "flag": True, "names": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("data/train-{000..002}.parquet", [f"data/train-00{n}.parquet" for n in range(3)]),
+        ("moa=made-{098..101}.json", [f"moa=made-{n}.json" for n in ("098", "099", "100", "101")]),
+        ("{7..7}", ["7"]),
+        ('{"steps": 7}', ['{"steps": 7}']),
+        ("plain.parquet", ["plain.parquet"]),
+    ],
+)
+def test_numbered_files_are_one_word(argument: str, meant: list[str]) -> None:
+    """A shell takes no line of 2,000 paths."""
+    assert command_line.numbered(argument) == meant
+
+
+def test_numbered_files_reach_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+    monkeypatch.setattr(
+        command_line, "_function", lambda name: (lambda files: seen.extend(files), {"files": list[Path]})
+    )
+    command_line.run(["merge", "--files", "a-{08..10}", "b"])
+    assert seen == [Path("a-08"), Path("a-09"), Path("a-10"), Path("b")]
 
 
 def _hints(function: object) -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,11 @@ import yaml
 from PIL import Image
 from skimage.data import astronaut
 
+from moa import __main__ as command_line
 from moa import stages
 from moa.data.errors import REASONS
 from moa.data.held_out import HeldOutConfig
-from moa.data.records import CAPTION, RAW, RECORD, REJECTED, SEGMENT, Row, decode_mask, read_rows
+from moa.data.records import CAPTION, RAW, RECORD, REJECTED, SEGMENT, Row, decode_mask, read_rows, write_rows
 from moa.data.sources.celeba import SubjectsConfig
 from moa.data.sources.config import KINDS, PhotosConfig, QuarantineConfig
 from moa.data.sources.listing import SUFFIXES, UNDECODED, shard_of
@@ -200,12 +202,70 @@ def test_captions_and_masks_are_one_job_a_shard(snakemake: Run) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_ten_shards_share_a_loaded_model(snakemake: Run) -> None:
+    """Where there are ten; the others are jobs of their own."""
+    shards = PAPER["shards"] | {"train": 23, "validation": 10}
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=settings() | {"shards": shards})
+    counted = jobs(done.stdout)
+    assert (counted["photos"], counted["align"]) == ("33", "33")
+    for rule in ("caption", "segment"):
+        assert (counted[f"{rule}_ten"], counted[rule]) == ("3", "3"), done.stdout + done.stderr
+    looked = re.findall(r"(?:Captioning|people in)(?: the ten shards)? (\S+)$", done.stdout, re.MULTILINE)
+    assert Counter(looked) == dict.fromkeys(
+        ["train-00*", "train-01*", "train-020", "train-021", "train-022", "validation-00*"], 2
+    )
+
+
+LONGEST = 128 * 1024  # bytes of one argument on Linux; Snakemake hands a whole command to a shell as one
+GATHERING = {  # rule: its target, and what its command must hold of which splits
+    "data_card": ("data/card.md", ["records", "rejected", "quarantined", "phrases"], ["train", "validation"]),
+    "quarantine": ("data/quarantine.csv", ["quarantined"], ["train", "validation"]),
+    "held_out_subjects": ("subjects/validation.parquet", ["records"], ["validation"]),
+    "train": ("train/moa", ["records"], ["train"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", GATHERING)
+def test_a_thousand_shards_fit_into_a_command(snakemake: Run, project: Path, rule: str) -> None:
+    target, folders, splits = GATHERING[rule]
+    data = project / "results/paper/data"
+    for folder in ("records", "rejected", "quarantined", "phrases"):  # as if they had been made
+        (data / folder).mkdir(parents=True)
+        for split in ("train", "validation"):
+            for n in range(1000):
+                (data / folder / f"{split}-{n:03d}.parquet").touch()
+    for name in ("photos.parquet", "photos.checked", "quarantine.passed", "../subjects/validation.parquet"):
+        (data / name).parent.mkdir(exist_ok=True)
+        if name != f"../{target}":
+            (data / name).touch()
+    config = settings() | {"shards": PAPER["shards"] | {"train": 1000, "validation": 1000}}
+    only = ["--allowed-rules", rule, "--force", "--printshellcmds", "--dry-run", "--cores", "1"]
+    done = snakemake(f"results/paper/{target}", *only, config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [command] = re.findall(r"^Shell command: (python -m moa .*)$", done.stdout, re.MULTILINE)
+    assert len(command) < LONGEST / 10
+    given = [path for word in shlex.split(command) for path in command_line.numbered(word)]
+    wanted = [
+        f"results/paper/data/{f}/{s}-{n:03d}.parquet" for f in folders for s in splits for n in range(1000)
+    ]
+    assert [word for word in given if re.search(r"-\d{3}\.parquet$", word)] == wanted
+
+
 @pytest.mark.parametrize("rule", ["caption", "segment"])
 def test_captions_and_masks_ask_for_a_gpu(rule: str) -> None:
     """A cluster's scheduler must know."""
     text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
     [block] = re.findall(rf"^rule {rule}:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     assert re.search(r"resources:\n(?: +\w+=.*\n)* +gpu=GPU,", block)
+
+
+def test_alignment_asks_for_the_gpu_that_clip_runs_on() -> None:
+    text = (ROOT / "workflow/rules/data.smk").read_text("utf-8")
+    [block] = re.findall(r"^rule align:\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert 'gpu=GPU if CONFIG["data"]["align"].get("matcher") == "clip" else 0,' in block
+    assert stages.settings("align", PAPER | {"device": "cuda"})["device"] == "cuda"
 
 
 # --- BLIP-2 and Mask2Former of random weights --------------------------------------------------------------
@@ -316,6 +376,35 @@ def test_random_annotators_go_through_the_rules(
     assert jobs(said) == dict.fromkeys(once, "1"), said
     [shard] = set(re.findall(r"(?:Captioning|Finding people in) (\S+)", said))
     assert "03" in [row["id"] for row in read_rows(project / DATA / f"raw/{shard}.parquet", RAW)]
+
+
+@pytest.mark.slow
+def test_a_shard_that_fails_leaves_its_ten_to_be_made_again(
+    snakemake: Run, project: Path, photos: dict[str, Path], revisions: dict[str, str]
+) -> None:
+    """Ten shards are captioned by one job, which makes all of them or none; the eleventh is none of its."""
+    raw, captions = project / DATA / "raw", project / DATA / "captions"
+    for n in range(11):
+        row = {"id": str(n), "image": {"bytes": photos["03"].read_bytes(), "path": None}, "sha256": "0"}
+        write_rows(raw / f"train-{n:03d}.parquet", [row | {"width": 9, "height": 9, "source": "s"}], RAW)
+    whole = (raw / "train-007.parquet").read_bytes()
+    (raw / "train-007.parquet").write_bytes(whole[:-9])
+    data = {key: RANDOM["data"][key] for key in ("caption", "segment", "align")}
+    config = RANDOM | {"source": "shards", "shards": RANDOM["shards"] | {"train": 11}, "data": data}
+    targets = [f"{DATA}/captions/train-{n:03d}.parquet" for n in (2, 10)]
+    arguments = [*targets, "--cores", "1", "--keep-going"]
+    done = snakemake(*arguments, config=config)
+    assert done.returncode != 0 and "train-007.parquet is cut short or damaged" in done.stdout + done.stderr
+    assert [path.name for path in captions.glob("*")] == ["train-010.parquet"]
+    before = (captions / "train-010.parquet").stat().st_mtime_ns
+
+    (raw / "train-007.parquet").write_bytes(whole)
+    done = snakemake(*arguments, config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in captions.glob("*")) == [f"train-{n:03d}.parquet" for n in range(11)]
+    assert (captions / "train-010.parquet").stat().st_mtime_ns == before
+    rows = read_rows(sorted(captions.glob("*")), CAPTION)
+    assert [row["id"] for row in rows] == [str(n) for n in range(11)]
 
 
 def test_the_page_names_every_key_source_and_reason() -> None:

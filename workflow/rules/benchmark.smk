@@ -28,6 +28,8 @@ rule benchmark:
 
 
 rule benchmark_data:
+    input:
+        models=stages.benchmark_files(CONFIG),
     output:
         "results/benchmark/data.csv",
     log:
@@ -38,7 +40,7 @@ rule benchmark_data:
         "../../envs/models.yaml"
     threads: 2
     resources:
-        mem_mb=6000,
+        mem_mb=20000 if CONFIG["data"].get("benchmark", {}).get("true_size") else 6000,
         gpu=GPU,
     params:
         config=settings("benchmark-data"),

@@ -87,6 +87,17 @@ def shards(folder, split):
     return [f"{OUT}/data/{folder}/{split}-{n:03d}.parquet" for n in range(stages.shards(CONFIG, split))]
 
 
+def span(start, count, ending=".parquet"):
+    """Numbered files as `python -m moa` takes them, in a word: a shell takes no line of 2,000 paths."""
+    return f"'{start}-{{000..{count - 1:03d}}}{ending}'"
+
+
+def all_shards(folder, *splits):
+    """As `shards` of several splits, for a command."""
+    counts = {split: stages.shards(CONFIG, split) for split in splits}
+    return lambda wildcards: " ".join(span(f"{OUT}/data/{folder}/{s}", n) for s, n in counts.items())
+
+
 def stamp(wildcards):
     """What changes when a file behind a shard of photos does; without a shard, when any of them does."""
     source = load(PhotosConfig, stages.settings("photos", CONFIG), "data.photos")

@@ -1,11 +1,14 @@
 # Photos → captions, segments → training records. One job a shard.
+SPLITS = ("train", "validation")  # of photos
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
 TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
-QUARANTINED = shards("quarantined", "train") + shards("quarantined", "validation") if TAKEN_IN else []
+QUARANTINED = [file for split in SPLITS for file in shards("quarantined", split)] if TAKEN_IN else []
 # The archive brings its own phrases.
 NAMED = (
-    shards("phrases", "train") + shards("phrases", "validation") if CONFIG["source"] != "fastcomposer" else []
+    [f for split in SPLITS for f in shards("phrases", split)] if CONFIG["source"] != "fastcomposer" else []
 )
+# Captions and masks of ten shards are one job where there are ten: loading the models takes as long as a shard.
+TENS = [f"{split}-{n:02d}" for split in SPLITS for n in range(stages.shards(CONFIG, split) // 10)]
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 
 
@@ -106,14 +109,15 @@ elif "subjects" in CONFIG["data"]:
             "../../envs/models.yaml"
         threads: 1
         resources:
-            mem_mb=4000,
+            mem_mb=3000,
         params:
             config=settings("held-out-subjects"),
             code=code("held-out-subjects"),
+            records=all_shards("records", "validation"),
         message:
             "Choosing validation subjects among the held-out photos"
         shell:
-            "python -m moa held-out-subjects --config {params.config:q} --records {input} --output {output}"
+            "python -m moa held-out-subjects --config {params.config:q} --records {params.records} --output {output}"
             " > {log} 2>&1"
 
 else:
@@ -246,11 +250,12 @@ if TAKEN_IN:
         params:
             config=settings("quarantine"),
             code=code("quarantine"),
+            quarantined=all_shards("quarantined", *SPLITS),
         message:
             "Counting the photos that were put aside"
         shell:
             "python -m moa quarantine --config {params.config:q} --index {input.index}"
-            " --quarantined {input.quarantined} --output {output.csv} > {log} 2>&1"
+            " --quarantined {params.quarantined} --output {output.csv} > {log} 2>&1"
 
 
 rule caption:
@@ -307,6 +312,44 @@ rule segment:
         "python -m moa segment --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
 
 
+if TENS:
+
+    ruleorder: caption_ten > caption
+    ruleorder: segment_ten > segment
+
+    use rule caption as caption_ten with:
+        input:
+            raw=[f"{OUT}/data/raw/{{ten}}{n}.parquet" for n in range(10)],
+            model=models("captioner"),
+            checked=CHECKED,
+        output:
+            [f"{OUT}/data/captions/{{ten}}{n}.parquet" for n in range(10)],
+        log:
+            f"{OUT}/logs/caption/{{ten}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/caption/{{ten}}.tsv"
+        wildcard_constraints:
+            ten="|".join(TENS),
+        message:
+            "Captioning the ten shards {wildcards.ten}*"
+
+    use rule segment as segment_ten with:
+        input:
+            raw=[f"{OUT}/data/raw/{{ten}}{n}.parquet" for n in range(10)],
+            model=models("segmenter"),
+            checked=CHECKED,
+        output:
+            [f"{OUT}/data/segments/{{ten}}{n}.parquet" for n in range(10)],
+        log:
+            f"{OUT}/logs/segment/{{ten}}.log",
+        benchmark:
+            f"{OUT}/benchmarks/segment/{{ten}}.tsv"
+        wildcard_constraints:
+            ten="|".join(TENS),
+        message:
+            "Finding people in the ten shards {wildcards.ten}*"
+
+
 rule align:
     input:
         raw=f"{OUT}/data/raw/{{split}}-{{shard}}.parquet",
@@ -327,6 +370,7 @@ rule align:
     threads: 1
     resources:
         mem_mb=2000,
+        gpu=GPU if CONFIG["data"]["align"].get("matcher") == "clip" else 0,
     params:
         config=settings("align"),
         code=code("align"),
@@ -378,8 +422,8 @@ if CONFIG["source"] == "fastcomposer":
 
 rule data_card:
     input:
-        records=shards("records", "train") + shards("records", "validation"),
-        rejected=shards("rejected", "train") + shards("rejected", "validation"),
+        records=[file for split in SPLITS for file in shards("records", split)],
+        rejected=[file for split in SPLITS for file in shards("rejected", split)],
         quarantined=QUARANTINED,
         passed=[f"{OUT}/data/quarantine.passed"] if QUARANTINED else [],
         phrases=NAMED,
@@ -399,14 +443,19 @@ rule data_card:
     params:
         config=settings("card"),
         code=code("card"),
-        quarantined=option("--quarantined", QUARANTINED),
-        phrases=option("--phrases", NAMED),
+        records=all_shards("records", *SPLITS),
+        rejected=all_shards("rejected", *SPLITS),
+        more=lambda wildcards: " ".join(
+            f"--{name} {all_shards(name, *SPLITS)(wildcards)}"
+            for name, files in (("quarantined", QUARANTINED), ("phrases", NAMED))
+            if files
+        ),
     message:
         "Describing the training data"
     shell:
-        "python -m moa card --config {params.config:q} --records {input.records} --rejected {input.rejected}"
-        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.quarantined}"
-        " {params.phrases} > {log} 2>&1"
+        "python -m moa card --config {params.config:q} --records {params.records} --rejected {params.rejected}"
+        " --json-path {output.json} --markdown {output.markdown} --sheet {output.sheet} {params.more}"
+        " > {log} 2>&1"
 
 
 rule annotation_errors:
@@ -433,9 +482,15 @@ rule annotation_errors:
     params:
         config=settings("annotation"),
         code=code("annotation"),
+        raw=all_shards("raw", "validation"),
+        truth=all_shards("truth", "validation"),
+        train=all_shards("truth", "train"),
+        captions=all_shards("captions", "validation"),
+        segments=all_shards("segments", "validation"),
+        records=all_shards("records", "validation"),
     message:
         "Measuring the annotators against the truth"
     shell:
-        "python -m moa annotation --config {params.config:q} --raw {input.raw} --truth {input.truth}"
-        " --captions {input.captions} --segments {input.segments} --records {input.records}"
-        " --train {input.train} --output {output} > {log} 2>&1"
+        "python -m moa annotation --config {params.config:q} --raw {params.raw} --truth {params.truth}"
+        " --captions {params.captions} --segments {params.segments} --records {params.records}"
+        " --train {params.train} --output {output} > {log} 2>&1"

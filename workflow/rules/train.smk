@@ -24,8 +24,9 @@ rule train:
         config=trains,
         work=works,
         code=lambda wildcards: code(f"train-{wildcards.method}")(wildcards),
+        records=all_shards("records", "train"),
     message:
         "Training {wildcards.method}{wildcards.seed}; `tail -f {log}` shows how far it is"
     shell:
         "python -m moa train-{wildcards.method} --config {params.config:q} --change {params.work:q}"
-        " --records {input.records} --subjects {input.subjects} --output {output.folder} > {log} 2>&1"
+        " --records {params.records} --subjects {input.subjects} --output {output.folder} > {log} 2>&1"
