@@ -366,7 +366,10 @@ rule router_table:
     input:
         f"{OUT}/router/rows.parquet",
     output:
-        report(ROUTER, category="Tables", caption="../report/router.rst"),
+        table=report(f"{OUT}/tables/router.csv", category="Tables", caption="../report/router.rst"),
+        timesteps=report(
+            f"{OUT}/tables/router_timesteps.csv", category="Tables", caption="../report/router.rst"
+        ),
     log:
         f"{OUT}/logs/router_table.log",
     conda:
@@ -376,4 +379,4 @@ rule router_table:
     message:
         "Tabulating what the router does"
     shell:
-        "python -m moa router-table --rows {input} --output {output[0]} --timesteps {output[1]} > {log} 2>&1"
+        "python -m moa router-table --rows {input} --output {output.table} --timesteps {output.timesteps} > {log} 2>&1"
