@@ -50,11 +50,13 @@ rule all:
         FIGURES,
         NOTEBOOKS,
         f"{OUT}/data/card.md",
+        f"{OUT}/models.passed",
 
 
 rule tables:
     input:
         TABLES,
+        f"{OUT}/models.passed",
 
 
 rule full:

@@ -469,7 +469,7 @@ def align_files(config: Config) -> list[str]:
 
 def benchmark_files(config: Config) -> list[str]:
     """Files of the models that `data.benchmark` runs, where they lie in local folders."""
-    known = get(config, "data.benchmark")
+    known = config["data"].get("benchmark", {})
     shipped = {role: {"id": f"moa/miniature/weights/{role}"} for role in ("captioner", "segmenter")}
     sources = [known.get(role, model)["id"] for role, model in shipped.items()]
     return [str(file) for source in sources for file in hashing.model_files(Path(source))]

@@ -125,7 +125,7 @@ def describe(
     """The card's content, ready for JSON, of rows that are looked at one after the other.
 
     Of records the columns `DESCRIBED` are read, of rejected and quarantined rows the reason, of phrases who
-    found them.
+    found them, with which models.
     """
     tally = Tally()
     for record in records:
@@ -246,7 +246,7 @@ def run(
         each_row(records, RECORD, DESCRIBED),
         each_row(rejected, REJECTED, ["reason"]),
         each_row(quarantined, REJECTED, ["reason"]),
-        each_row(phrases, PHRASES, ["model", "revision"]),
+        each_row(phrases, PHRASES, ["model", "revision", "models"]),
     )
     if not card["records"]:  # said here, since Snakemake deletes what a job that fails has written
         raise DataError(

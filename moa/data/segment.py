@@ -74,6 +74,9 @@ class Segmentation:
     segments: list[Row] = field(default_factory=list)  # segment_id, label, score, bbox, area
 
 
+CPU_PIXELS = 2**18  # of a pass on a CPU; with more, a batch takes longer than its photos one by one
+
+
 def panoptic(
     class_logits: torch.Tensor,
     mask_logits: torch.Tensor,
@@ -122,6 +125,11 @@ def _claims(
     return claimed, owner
 
 
+def at_once(pixels: torch.Tensor) -> int:
+    """How many photos of [B, 3, H, W] a pass looks at: all, on a CPU as many as its caches hold."""
+    return len(pixels) if pixels.device.type != "cpu" else max(1, CPU_PIXELS // pixels[0, 0].numel())
+
+
 class Segmenter:
     """A loaded segmenter: images in, people out. DataError if it cannot be loaded or lacks the label."""
 
@@ -150,9 +158,10 @@ class Segmenter:
     def look(self, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[Segmentation]:
         """The same of what `prepare` made of images of these sizes, (height, width), one after the other."""
         pixels = pixels.to(self.config.device, DTYPES[self.config.precision])
-        outputs = self.model(pixel_values=pixels)
-        logits = outputs.class_queries_logits, outputs.masks_queries_logits
-        return map(self._people, *logits, sizes)
+        outputs = [self.model(pixel_values=part) for part in pixels.split(at_once(pixels))]
+        classes = torch.cat([output.class_queries_logits for output in outputs])
+        masks = torch.cat([output.masks_queries_logits for output in outputs])
+        return map(self._people, classes, masks, sizes)
 
     @torch.inference_mode()
     def _people(self, classes: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> Segmentation:

@@ -329,6 +329,24 @@ def test_segments_do_not_depend_on_the_batch(segmenter, photos):
     assert [len(a.segments) for a in together] == [len(b.segments) for b in alone]
 
 
+def test_a_pass_on_a_cpu_is_no_larger_than_its_caches(segmenter, photos, monkeypatch):
+    model = Segmenter(SegmentConfig(segmenter))
+    looked: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, given: looked.append(len(given["pixel_values"])), with_kwargs=True
+    )
+    together = model(photos[:5])
+    pixels = model.prepare(photos[:1])[0, 0].numel()
+    monkeypatch.setattr(segment, "CPU_PIXELS", 2 * pixels + 1)
+    parts = model(photos[:5])
+    monkeypatch.setattr(segment, "CPU_PIXELS", 1)
+    alone = model(photos[:5])
+    assert looked == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for one, *others in zip(together, parts, alone, strict=True):
+        assert all(np.array_equal(one.mask, other.mask) for other in others)
+    assert segment.at_once(torch.empty(8, 3, 4, 4, device="meta")) == 8
+
+
 def test_images_of_several_sizes_are_refused(segmenter, photos):
     with pytest.raises(DataError, match="same size"):
         Segmenter(settings(segmenter))([photos[0], photos[1].resize((32, 32))])

@@ -57,9 +57,11 @@ def test_every_photo_is_in_the_account(shards, tmp_path):
     assert Image.open(tmp_path / "s.png").size[0] == 3 * (2 * 160 + 8)
 
 
-def test_who_found_the_phrases_is_in_the_card(shards):
+def test_who_found_the_phrases_is_in_the_card(shards, tmp_path):
     rows = read_rows(shards[2], PHRASES)
-    found = card.describe(read_rows(shards[0], RECORD), read_rows(shards[1], REJECTED), phrases=rows)
+    to = [tmp_path / name for name in ("c.json", "c.md", "s.png")]
+    card.run(CardConfig(images=3), [shards[0]], [shards[1]], *to, phrases=[shards[2]])
+    found = json.loads(to[0].read_text())
     assert found["models"][f"lexicon @ {Lexicon().revision}"] == len(rows) == 24
     (used,) = rows[0]["models"]
     assert used["role"] == "tokenizer"

@@ -180,3 +180,11 @@ def test_the_models_that_are_measured_are_inputs_of_the_rule(monkeypatch):
 def test_settings_that_cannot_be_measured_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
         DataBenchmarkConfig(**wrong)
+
+
+def test_a_configuration_may_leave_the_benchmark_out():
+    """As config/paper.yaml may, whose rules are read whatever is asked for."""
+    from moa import stages
+
+    files = stages.benchmark_files({"data": {}})
+    assert any("captioner" in file for file in files) and any("segmenter" in file for file in files)

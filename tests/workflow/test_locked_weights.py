@@ -90,6 +90,26 @@ def test_a_folder_s_file_is_noted_and_a_changed_one_stops_the_run(snakemake: Run
     assert file.read_bytes() == good
 
 
+def test_a_check_that_fails_later_makes_nothing_again_and_fails_again(snakemake: Run, project: Path) -> None:
+    """Weights that are named after everything was made: trainings stay, and the error comes each time."""
+    file = project / FILE
+    file.parent.mkdir(parents=True)
+    torch.save(InceptionResnetV1(pretrained=None).state_dict(), file)
+    assert snakemake("lock_models", "--cores", "1", config=PAPER).returncode == 0
+    config = PAPER | {"models": PAPER["models"] | {"lpips": LPIPS}}
+    for name in LPIPS.values():
+        (project / name).write_bytes(b"<html>")
+    for _ in range(2):
+        done = snakemake("tables", "--cores", "1", "--until", "lock_models", config=config)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert (project / "results/paper/models.checked").is_file()
+        assert not (project / "results/paper/models.passed").exists()
+    for name in LPIPS.values():
+        (project / name).unlink()
+    done = snakemake("lock_models", "--cores", "1", config=PAPER)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_missing_file_is_fetched_or_asked_for(
     snakemake: Run, project: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

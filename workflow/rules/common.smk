@@ -21,7 +21,7 @@ WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")
 GPU = int(CONFIG["device"] != "cpu")
 EARLIER_PRIOR = "results/earlier_prior"  # rule earlier_prior
 FACENET, LPIPS = (stages.weights(CONFIG, role) for role in ("identity", "lpips"))  # files; models.smk
-WEIGHED = [ancient(f"{OUT}/models.checked")] if FACENET or LPIPS else []  # before a GPU is used
+WEIGHED = ancient(f"{OUT}/models.checked")  # before a GPU is used; models.smk
 LPIPS_GPU = GPU if LPIPS else 0  # comparisons use no other model
 
 

@@ -322,6 +322,7 @@ if TENS:
             raw=[f"{OUT}/data/raw/{{ten}}{n}.parquet" for n in range(10)],
             model=models("captioner"),
             checked=CHECKED,
+            weighed=WEIGHED,
         output:
             [f"{OUT}/data/captions/{{ten}}{n}.parquet" for n in range(10)],
         log:
@@ -338,6 +339,7 @@ if TENS:
             raw=[f"{OUT}/data/raw/{{ten}}{n}.parquet" for n in range(10)],
             model=models("segmenter"),
             checked=CHECKED,
+            weighed=WEIGHED,
         output:
             [f"{OUT}/data/segments/{{ten}}{n}.parquet" for n in range(10)],
         log:

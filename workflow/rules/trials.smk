@@ -101,6 +101,7 @@ use rule compare_prior as trial_preserved with:
 rule tune:
     input:
         f"{OUT}/tables/tuning.csv",
+        f"{OUT}/models.passed",
 
 
 rule tuning_table:
@@ -127,6 +128,7 @@ rule tuning_table:
 rule ablations:
     input:
         ABLATIONS,
+        f"{OUT}/models.passed",
 
 
 rule ablation_table:
