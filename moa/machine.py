@@ -6,6 +6,7 @@ import platform
 import resource
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")  # of x86 and ARM
@@ -47,6 +48,14 @@ def processor(device: str) -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def forked(workers: int) -> dict[str, Any]:
+    """A DataLoader's arguments for so many worker processes, which share this one's memory.
+
+    Since Python 3.14 they would otherwise be begun anew, each with a copy of memory-mapped records.
+    """
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
 
 
 def peak_memory() -> int:

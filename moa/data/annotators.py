@@ -15,6 +15,7 @@ from tqdm import tqdm
 from moa.data.errors import BrokenImage, DataError
 from moa.data.records import Row, decode_image
 from moa.hashing import model_hash
+from moa.machine import forked
 from moa.methods import ModelSource
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -183,7 +184,7 @@ def annotate(
     The model looks at `size` photos at a time. `workers` processes decode and resize the next ones while it
     does; 0: it waits for them. What comes out is not kept here.
     """
-    loader = DataLoader(Batches(rows, size, model.prepare), batch_size=None, num_workers=workers)
+    loader = DataLoader(Batches(rows, size, model.prepare), batch_size=None, **forked(workers))
     problems: dict[str, str] = {}
 
     def parts() -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from moa.data import records
 from moa.data.crops import CropConfig, middle_square, subject_image, subject_masks
 from moa.data.errors import DataError
 from moa.files import write_atomically
+from moa.machine import forked
 from moa.training.config import TrainConfig
 
 TokenFinder = Callable[[str, Sequence[tuple[int, int]]], Sequence[int]]  # prompt, spans -> token indices
@@ -354,7 +355,7 @@ def batches(data: Records, first: int, processes: int, process: int) -> Iterator
         data,
         batch_sampler=list(data.parts(first, processes, process)),
         collate_fn=collate,
-        num_workers=config.workers,
+        **forked(config.workers),
         generator=torch.Generator(),  # its own: the loader draws a seed that nothing here uses
     )
     parts = processes * config.accumulation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import tracemalloc
@@ -104,8 +105,17 @@ def test_workers_change_nothing(stage, captioner, segmenter, mixed, tmp_path):
     assert (tmp_path / "0.parquet").read_bytes() == (tmp_path / "2.parquet").read_bytes()
 
 
-def test_photos_are_decoded_and_resized_in_the_workers(captioner, rendered, tmp_path, monkeypatch):
-    """In this process only the model runs, so that a GPU need not wait."""
+@pytest.fixture(params=["fork", "forkserver"])
+def start_method(request):
+    """How Python begins processes if not asked: up to 3.13, and since 3.14."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_photos_are_decoded_and_resized_in_the_workers(captioner, rendered, monkeypatch, start_method):
+    """In this process only the model runs, so that a GPU need not wait. Workers share its memory."""
     here, seen = os.getpid(), []
 
     def prepare(images):
