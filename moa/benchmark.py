@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from moa import gpus
 from moa.adapter import MoAAdapter
 from moa.attention import MoAContext, Recorder
 from moa.baselines.fastcomposer import FastComposer, Localization, localize
@@ -385,7 +386,8 @@ TRAINING = (
 
 
 def run(config: BenchmarkConfig, output: Path) -> None:
-    """Measure on the CPU, and on the GPU if there is one, and write the table."""
+    """Measure on the CPU, and on a GPU if there is one, and write the table."""
+    gpus.take_one()
     rows: list[dict[str, Any]] = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for variants, size, repeats in comparisons(config):

@@ -37,20 +37,28 @@ def take_one() -> None:
         return
     folder = Path(tempfile.gettempdir()) / f"moa-gpus-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    for place in count():  # how many processes share a GPU already
-        for name in names:
-            if _lock(folder / f"{name}-{place}"):
-                os.environ["CUDA_VISIBLE_DEVICES"] = name
-                return
+    with (folder / "choosing").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # one process at a time, or counting would look like holding
+        name = min(names, key=lambda name: _taken(folder, name))
+        HELD.append(next(file for place in count() if (file := _lock(folder / f"{name}-{place}"))))
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
 
 
-def _lock(path: Path) -> bool:
-    """Whether a lock could be had; it is held until this process ends."""
+def _taken(folder: Path, name: str) -> int:
+    """How many processes share a GPU."""
+    files = [_lock(path) for path in folder.glob(f"{name}-*")]
+    for file in files:
+        if file:
+            file.close()
+    return files.count(None)
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """A file that stays locked until it is closed; None if another process has it."""
     file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        return False
-    HELD.append(file)
-    return True
+        return None
+    return file

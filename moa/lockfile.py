@@ -22,13 +22,16 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Comments and hashes by name of a lock; empty without one. Raises DataError naming a wrong line."""
+    """Comments, whole lines, and hashes by name of a lock; empty without one.
+
+    Raises DataError naming a wrong line.
+    """
     comments: list[str] = []
     hashes: dict[str, str] = {}
     for number, line in enumerate(read_lines(path), start=1):
-        if line.startswith("# "):
-            comments.append(line.removeprefix("# "))
-        elif line and not line.startswith("#"):
+        if line.startswith("#"):
+            comments.append(line)
+        elif line:
             digest, _, name = line.partition("  ")
             if len(digest) != 64 or not name:
                 raise DataError(f"{path}, line {number} is no hash and name; take the lock from your backup")
@@ -37,10 +40,9 @@ def read(path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def write(path: Path, comments: Iterable[str], hashes: Mapping[str, str]) -> None:
-    """Write a lock, whole or not at all."""
-    lines = [*(f"# {comment}" for comment in comments)]
-    lines += [f"{digest}  {name}" for name, digest in sorted(hashes.items())]
-    write_atomically(path, lambda part: part.write_text("\n".join([*lines, ""]), "utf-8"))
+    """Write a lock, whole or not at all: comments, which begin with #, and below them the hashes by name."""
+    lines = [f"{digest}  {name}" for name, digest in sorted(hashes.items())]
+    write_atomically(path, lambda part: part.write_text("\n".join([*comments, *lines, ""]), "utf-8"))
 
 
 def verify(path: Path, file: str, key: str) -> None:

@@ -173,6 +173,9 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
+WRONG_SUBJECT = "moa_wrong_subject"  # the method that shows others, by `wrong_subjects`
+
+
 def wrong_subjects(wanted: Sequence[Subject], pool: Sequence[Subject]) -> tuple[Subject, ...]:
     """For every wanted subject another one of the pool, of the same word, that the request does not want.
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from PIL import Image
 
 from moa.baselines.moa import make as make_moa
-from moa.methods import Method, MethodConfig, Request, Subject, register, wrong_subjects
+from moa.methods import WRONG_SUBJECT, Method, MethodConfig, Request, Subject, register, wrong_subjects
 
 
 class WrongSubject:
     """MoA after `moa.methods.wrong_subjects` has exchanged every subject."""
 
-    name = "moa_wrong_subject"
+    name = WRONG_SUBJECT
 
     def __init__(self, method: Method, pool: Sequence[Subject]) -> None:
         self.method, self.pool = method, pool

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from moa.baselines.wrong_subject import WrongSubject
 from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.data.subjects import read_subjects
@@ -18,7 +17,7 @@ from moa.evaluation.features import Features, Judges, ScoreConfig
 from moa.evaluation.identity import score as score_identity
 from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
 from moa.evaluation.samples import KEPT, MADE, SAMPLE, Row
-from moa.methods import Subject, wrong_subjects
+from moa.methods import WRONG_SUBJECT, Subject, wrong_subjects
 
 
 def score(
@@ -75,7 +74,7 @@ def reference_features(
 
 def members(row: Row, people: Mapping[str, Subject]) -> list[str]:
     """On whose looks a row's scores depend: its subjects, and those whom the method showed in their place."""
-    if row["method"] != WrongSubject.name:
+    if row["method"] != WRONG_SUBJECT:
         return list(row["subjects"])
     shown = wrong_subjects([people[name] for name in row["subjects"]], list(people.values()))
     return [*row["subjects"], *(subject.id for subject in shown)]

@@ -137,9 +137,11 @@ def difference(
 def ratio(numerator: ArrayLike, denominator: ArrayLike, members: Sequence[Sequence[str]]) -> Interval:
     """mean(numerator) / mean(denominator) of paired values [N], with Fieller's limits (1954).
 
-    They hold exactly those ratios ρ for which the interval of mean(numerator − ρ · denominator) holds 0: the
-    ratio is above a bound if and only if that difference is above 0. NaN where the denominator's own
-    interval reaches 0, for then any ratio may be true.
+    They are the least and the greatest of the ratios ρ for which the interval of mean(numerator − ρ ·
+    denominator) holds 0. So if the limits lie above a bound, and the denominator above 0, that difference is
+    above 0 for the bound. The reverse holds as well, unless the dyadic estimate is negative at the ratio
+    itself: then these ρ may leave a gap, which counts as held, so that the limits are wider than need be.
+    NaN where the denominator's own interval reaches 0, for then any ratio may be true.
 
     Raises:
         ValueError: the denominator's mean is zero.

@@ -163,11 +163,13 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["subject"], row["prompt_id"], row["index"]
 
 
-def _members(*methods: Rows) -> dict[tuple[Any, ...], list[str]]:
-    """On whose looks the rows of each request depend, of all these methods."""
+def _members(
+    *methods: Rows, key: Callable[[Mapping[str, Any]], tuple[Any, ...]] = _key
+) -> dict[tuple[Any, ...], list[str]]:
+    """On whose looks the rows of each request (or pair) depend, of all these methods."""
     members: dict[tuple[Any, ...], set[str]] = {}
     for row in (row for rows in methods for row in rows):
-        members.setdefault(_key(row), set()).update(row["members"])
+        members.setdefault(key(row), set()).update(row["members"])
     return {key: sorted(names) for key, names in members.items()}
 
 
@@ -289,7 +291,7 @@ def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> 
             values.setdefault(_pair(r), []).append(r[metric])
         return {key: sum(v) / len(v) for key, v in values.items()}
 
-    members = {_pair(r): r["members"] for r in own}
+    members = _members(own, reference, key=_pair)
     row: dict[str, Any] = {"method": method, "minus": minus}
     for metric in KEPT_METRICS:
         if any(r[metric] is None for r in (*own, *reference)):

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from moa.evaluation.perceptual import Perceptual, PerceptualConfig
 from moa.hashing import file_hash
 
 ALEXNET = "7be5be79"  # how the SHA-256 of AlexNet's file begins, by the name that torchvision gives it
-HEADS = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"  # in the package lpips 0.1.4
-HEAD = "weights of models: SHA-256 of every file at the first fetch; see docs/metrics.md"
+LPIPS_HEADS = "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0"  # in the package lpips 0.1.4
+LOCK_HEADING = "# weights of models: SHA-256 of every file at the first fetch; see docs/metrics.md"
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,34 @@ class WeightsConfig:
 
 
 def address() -> str:
-    """Where facenet-pytorch itself downloads the weights trained on VGGFace2."""
+    """Where facenet-pytorch itself downloads the weights trained on VGGFace2.
+
+    Raises DataError if its code does not show it.
+    """
     from facenet_pytorch.models import inception_resnet_v1
 
-    constants = inception_resnet_v1.load_weights.__code__.co_consts
-    [url] = [text for text in constants if isinstance(text, str) and text.endswith("-vggface2.pt")]
+    try:
+        constants = inception_resnet_v1.load_weights.__code__.co_consts
+        [url] = [text for text in constants if re.fullmatch(r"https://.*-vggface2\.pt", str(text))]
+    except (AttributeError, ValueError) as error:
+        raise DataError(
+            "the installed facenet-pytorch does not show where it downloads its weights (vggface2) from; "
+            "download them by hand and put the file where models.identity.id says"
+        ) from error
     return str(url)
 
 
 def fetch_identity(config: EmbedderConfig) -> None:
     """Download FaceNet's weights, unless they are there.
 
-    Raises DataError, naming the address and where to put the file, if they cannot be fetched.
+    Raises DataError, saying where to put the file, if they cannot be fetched, or as `address`.
     """
     if config.kind != "facenet" or config.id is None:
         raise ValueError("models.identity names no weights file: only kind facenet with an id has one")
-    file, url = Path(config.id), address()
+    file = Path(config.id)
     if file.is_file():
         return
+    url = address()
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(file))
@@ -73,7 +84,7 @@ def lock(config: WeightsConfig) -> None:
         file = identity.id
         _hold({"models.identity.id": (file, "")}, identity.lock, lambda: FaceNetEmbedder(file))
     if lpips.id is not None and lpips.heads is not None:
-        files = {"models.lpips.id": (lpips.id, ALEXNET), "models.lpips.heads": (lpips.heads, HEADS)}
+        files = {"models.lpips.id": (lpips.id, ALEXNET), "models.lpips.heads": (lpips.heads, LPIPS_HEADS)}
         _hold(files, lpips.lock, lambda: Perceptual(lpips))
 
 
@@ -91,7 +102,7 @@ def _hold(files: Mapping[str, tuple[str, str]], lock: Path, load: Callable[[], o
             lockfile.verify(lock, file, key)
     load()
     if new:
-        lockfile.write(lock, comments or [HEAD], hashes | new)
+        lockfile.write(lock, comments or [LOCK_HEADING], hashes | new)
 
 
 def _hash(file: str, published: str, key: str) -> str:

@@ -2,12 +2,13 @@
 
 import csv
 import os
+import tempfile
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from moa import MoAAdapter, benchmark
+from moa import MoAAdapter, benchmark, gpus
 from moa.adapter import installation
 from moa.benchmark import (
     GUIDED,
@@ -145,6 +146,17 @@ def test_a_comparison_gives_a_row_for_each_variant(monkeypatch, tmp_path):
             float(row["seconds"]) / float(reference["seconds"]), abs=2e-3
         )
         assert float(reference["ratio"]) == float(reference["flops_ratio"]) == 1
+
+
+def test_one_of_several_gpus_is_taken_before_cuda_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpus, "HELD", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] == "4")
+    measured = []
+    monkeypatch.setattr(benchmark, "compare", lambda *given: measured.append(given[2]) or [])
+    benchmark.run(BenchmarkConfig(sizes=(128,), guided=False, training_repeats=0), tmp_path / "unet.csv")
+    assert measured == ["cpu", "cuda"]
 
 
 @pytest.mark.slow

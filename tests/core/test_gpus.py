@@ -52,6 +52,16 @@ def test_more_jobs_than_gpus_are_spread_over_them(start):
     assert [start()[1] for _ in range(5)] == ["4", "7", "4", "7", "4"]
 
 
+def test_an_idle_gpu_is_taken_before_a_second_place_that_came_free(start):
+    jobs = [start() for _ in range(5)]
+    ended, seen = zip(jobs[0], jobs[1], jobs[3], strict=True)
+    assert seen == ("4", "7", "7")  # where two jobs of the first stay
+    for process in ended:
+        process.kill()
+        process.wait()
+    assert [start()[1] for _ in range(2)] == ["7", "7"]
+
+
 @pytest.mark.parametrize(
     ("visible", "environment"),
     [("3", {}), ("", {}), ("4,7", {"LOCAL_RANK": "1"})],

@@ -481,8 +481,12 @@ def test_a_source_that_is_not_what_it_was_is_named_with_the_cure(what, folder, t
     with pytest.raises(DataError, match=message):
         lock.run(settings, tmp_path / "index.parquet")
     assert settings.lock.read_bytes() == before
+    settings.lock.write_bytes(before + b"#my note\n")
     lock.run(settings, tmp_path / "index.parquet", accept=True)
     assert settings.lock.read_bytes() != before
+    title = before.decode().splitlines()[0]
+    comments = [line for line in settings.lock.read_text().splitlines() if line.startswith("#")]
+    assert comments == [title, "#my note"]
     lock.run(settings, tmp_path / "index.parquet")
 
 

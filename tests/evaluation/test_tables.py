@@ -255,6 +255,26 @@ def test_whom_a_method_was_shown_belongs_to_its_intervals(files):
         assert (row[f"{name}_low"], row[f"{name}_high"]) == (f"{expected.low:.4f}", f"{expected.high:.4f}")
 
 
+def test_whom_either_method_was_shown_belongs_to_the_difference_of_swaps():
+    """Whichever of the two comes first in the table."""
+    moa, other = (
+        [row for row in kept_rows((method,)) if row["psnr"] is not None] for method in ("moa", "prior")
+    )
+    rng = np.random.default_rng(0)
+    for row in (*moa, *other):
+        row["psnr"] = float(rng.normal(30, 5))
+    for row in other[:3]:
+        row["members"] = ["s9", *row["members"]]  # shown in half of its images
+    less = [a["psnr"] - b["psnr"] for a, b in zip(moa, other, strict=True)]
+    expected = interval(less, [row["members"] for row in other])
+    assert expected != interval(less, [row["members"] for row in moa])
+    (gap,) = [row for row in tables.kept_context([*moa, *other]).rows if row["minus"]]
+    assert (gap["method"], gap["minus"]) == ("moa", "prior")
+    assert (gap["psnr"], gap["psnr_low"], gap["psnr_high"]) == pytest.approx(
+        (expected.mean, expected.low, expected.high)
+    )
+
+
 def several_trainings():
     """fastcomposer with seeds 0 and 1, moa with 0, 1 and 2, the prior none; IP differs by it alone."""
     rows = []

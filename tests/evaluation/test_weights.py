@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_the_first_run_notes_the_hash_and_scoring_reads_it(config: EmbedderConfi
     lock(config)
     assert config.lock.stat().st_mtime_ns == written
     assert isinstance(load_embedder(config), FaceNetEmbedder)
+
+
+def name_of(line: str) -> str:
+    return line.partition("  ")[2]
+
+
+@pytest.mark.parametrize("note", ["# trusted: by hand", "#no space", "#", "##  two"])
+def test_what_stands_beside_the_hashes_stays(note: str, config: EmbedderConfig) -> None:
+    lock(config)
+    first, *rest = config.lock.read_text().splitlines()
+    other = f"{'0' * 64}  another.pt"
+    config.lock.write_text("\n".join([first, other, note, ""]))
+    lock(config)
+    assert config.lock.read_text().splitlines() == [first, note, *sorted([other, *rest], key=name_of)]
 
 
 def test_a_changed_file_is_refused_and_the_lock_stays(config: EmbedderConfig) -> None:
@@ -123,6 +138,19 @@ def test_what_is_not_there_is_fetched_once(
     weights.fetch_identity(config)
 
 
+def test_an_address_that_the_package_does_not_show_is_asked_for_where_the_file_is_missing(
+    config: EmbedderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_weights(model: torch.nn.Module, name: str) -> str:
+        return f"https://example.org/{name}-vggface2.pt"
+
+    for other in (load_weights, None):
+        monkeypatch.setattr("facenet_pytorch.models.inception_resnet_v1.load_weights", other)
+        weights.fetch_identity(config)
+        with pytest.raises(DataError, match=r"facenet-pytorch .* where models\.identity\.id says"):
+            weights.fetch_identity(replace(config, id=f"{config.id}.new"))
+
+
 def test_without_a_network_the_place_for_the_file_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +186,7 @@ def test_both_files_of_lpips_are_noted_beside_the_others(
 def test_published_hashes_are_those_of_the_packages() -> None:
     from torchvision.models import AlexNet_Weights
 
-    assert file_hash(HEADS) == weights.HEADS
+    assert file_hash(HEADS) == weights.LPIPS_HEADS
     assert AlexNet_Weights.IMAGENET1K_V1.url.endswith(f"-{weights.ALEXNET}.pth")
 
 

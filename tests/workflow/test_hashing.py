@@ -98,6 +98,16 @@ def test_every_method_is_registered_where_its_code_is_looked_for() -> None:
         assert other and stages.code("generate-shard", name) == code_hash("moa.generation", module)
 
 
+def test_the_attention_under_test_is_none_of_the_judges_code() -> None:
+    """Or an edit of MoA would score the images of all other methods again."""
+    from moa import stages
+
+    used = used_modules(stages.STAGES["score"].module)
+    assert stages.code("score") == code_hash(stages.STAGES["score"].module)
+    assert "moa.evaluation.features" in used
+    assert [name for name in used if name == "moa.attention" or name.startswith("moa.baselines")] == []
+
+
 def test_unknown_module_is_named(package: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match=r"moa\.nothing"):
         used_modules("moa.nothing", root=package)

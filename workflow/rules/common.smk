@@ -127,7 +127,7 @@ def parts(kind, *folder):
     return [f"{'/'.join([OUT, *folder])}/test-{kind}-{n:03d}.parquet" for n in range(CONFIG["shards"][kind])]
 
 
-def photos(wildcards):
+def subject_photos(wildcards):
     """The subjects' photos that a method is shown: partly hidden ones for the kind `occluded`."""
     occluded = "-occluded" if wildcards.kind == "occluded" else ""
     return f"{OUT}/subjects/{wildcards.split}{occluded}.parquet"

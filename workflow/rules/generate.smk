@@ -31,7 +31,7 @@ rule plan:
 rule generate:
     input:
         requests=f"{OUT}/requests/{{split}}-{{kind}}-{{shard}}.parquet",
-        subjects=photos,
+        subjects=subject_photos,
         models=models("prior", "image_encoder"),
         trained=lambda wildcards: (
             f"{OUT}/train/{TRAINED[wildcards.method]}{wildcards.seed}" if wildcards.method in TRAINED else []

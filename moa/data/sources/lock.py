@@ -11,6 +11,7 @@ control; the workflow never deletes it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,6 +36,7 @@ from moa.data.sources.listing import (
     unique,
 )
 
+TITLE = "SHA-256 of every file at the first fetch; see docs/data.md"
 INDEX = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),
@@ -149,14 +151,16 @@ def read_lock(path: Path) -> tuple[str, str, dict[str, str]]:
     """
     comments, hashes = lockfile.read(path)
     about = dict(comment.partition(": ")[::2] for comment in comments)
-    return about.get("revision", ""), about.get("asked", ""), hashes
+    return about.get("# revision", ""), about.get("# asked", ""), hashes
 
 
 def write_lock(config: PhotosConfig, revision: str, hashes: Mapping[str, str]) -> None:
-    """Write down what a source holds now."""
-    head = [f"{config.name}: SHA-256 of every file at the first fetch; see docs/data.md"]
-    head += [f"revision: {revision}", f"asked: {hub.asked(config)}"] if revision else []
-    lockfile.write(config.lock, head, hashes)
+    """Write down what a source holds now; comments of somebody else stay."""
+    head = [f"# {config.name}: {TITLE}"]
+    head += [f"# revision: {revision}", f"# asked: {hub.asked(config)}"] if revision else []
+    ours = re.compile(f"# (revision: .*|asked: .*|.*: {re.escape(TITLE)})")
+    notes = [line for line in lockfile.read(config.lock)[0] if not ours.fullmatch(line)]
+    lockfile.write(config.lock, [*head, *notes], hashes)
 
 
 def compare(config: PhotosConfig, locked: Mapping[str, str], hashes: Mapping[str, str]) -> None:
