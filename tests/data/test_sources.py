@@ -400,6 +400,33 @@ def test_a_shard_older_than_a_held_out_copy_of_its_photo_is_an_error(tmp_path):
         check()
 
 
+@pytest.mark.parametrize("kept", ["jpg", "png"])
+def test_a_held_out_copy_is_seen_beside_a_file_of_its_id_that_was_put_aside(kept, tmp_path):
+    """The kept one leaks, whether the other's id came second or its link leads nowhere."""
+    top = tmp_path / "photos"
+    top.mkdir()
+    held = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "validation")
+    train = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "train")
+    (top / f"{train}.{kept}").write_bytes(GOOD["plain.png"])
+    if kept == "jpg":
+        (top / f"{train}.png").write_bytes(GOOD["turned.jpg"])
+    else:
+        (top / f"{train}.jpg").symlink_to(tmp_path / "away.jpg")
+    (top / f"{held}.png").write_bytes(GOOD["deep.png"])
+    ingest(config(top), tmp_path)
+    (top / f"{held}.png").write_bytes(GOOD["plain.png"])
+    lock.run(config(top), tmp_path / "index.parquet", accept=True)
+
+    def check() -> None:
+        shards = sorted(tmp_path.glob("bad-*.parquet"))
+        quarantine.run(QuarantineConfig(1.0), tmp_path / "index.parquet", shards, tmp_path / "q.csv")
+
+    with pytest.raises(DataError, match=rf"^1 photos \({train}\.{kept}\) have become"):
+        check()
+    shards_of(config(top), tmp_path)
+    check()
+
+
 def test_a_name_that_is_put_aside_takes_no_id(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").symlink_to(tmp_path / "away.jpg")
