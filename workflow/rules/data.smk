@@ -411,12 +411,13 @@ if CONFIG["source"] == "fastcomposer":
             config=settings("archive-records"),
             code=code("archive-records"),
             root=str(ARCHIVE),
+            lock=CONFIG["data"]["photos"]["lock"],
             files=stamp,
         message:
             "Reading the archive's captions and masks of {wildcards.split}-{wildcards.shard}"
         shell:
             "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
-            " --root {params.root:q} --records {output.records} --rejected {output.rejected}"
+            " --root {params.root:q} --lock {params.lock:q} --records {output.records} --rejected {output.rejected}"
             " --archived {output.archived} > {log} 2>&1"
 
 
