@@ -50,11 +50,13 @@ rule all:
         FIGURES,
         NOTEBOOKS,
         f"{OUT}/data/card.md",
+        PASSED,
 
 
 rule tables:
     input:
         TABLES,
+        PASSED,
 
 
 rule full:

@@ -19,6 +19,8 @@ TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names
 TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
+TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
+PASSED = [f"{OUT}/data/{name}" for name in ("photos.checked", "quarantine.passed")] if TAKEN_IN else []
 EARLIER_PRIOR = "results/earlier_prior"  # rule earlier_prior
 FACENET, LPIPS = (stages.weights(CONFIG, role) for role in ("identity", "lpips"))  # files; models.smk
 WEIGHED = [ancient(f"{OUT}/models.checked")] if FACENET or LPIPS else []  # before a GPU is used

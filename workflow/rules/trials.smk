@@ -101,6 +101,7 @@ use rule compare_prior as trial_preserved with:
 rule tune:
     input:
         f"{OUT}/tables/tuning.csv",
+        PASSED,
 
 
 rule tuning_table:
@@ -127,6 +128,7 @@ rule tuning_table:
 rule ablations:
     input:
         ABLATIONS,
+        PASSED,
 
 
 rule ablation_table:
