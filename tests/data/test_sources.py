@@ -799,6 +799,29 @@ def test_a_saved_data_set_gives_the_bytes_that_were_put_in(saved, tmp_path):
     assert {name: row["reason"] for name, row in aside.items()} == {"z": "no_image", "none": "no_image"}
 
 
+def test_the_split_of_a_saved_data_set_is_the_one_asked_for(saved, tmp_path):
+    """A single one may say which it is; of several, `all` are joined."""
+    data = datasets.load_from_disk(str(saved))
+
+    def ids(folder: str, split: str) -> list[str]:
+        return hub.load(config(tmp_path / folder, "dataset", dataset_split=split, id_column="key"), "")["key"]
+
+    rows = data.cast_column("image", datasets.Image(decode=False))
+    parts = {
+        split: datasets.Dataset.from_dict(rows[start:end], features=data.features, split=split)
+        for split, start, end in (("train", 0, 2), ("test", 2, 3))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    assert list(ids("both", "all")) == ["x", "y", "z"] and list(ids("both", "test")) == ["z"]
+    with pytest.raises(DataError, match=r"^data\.photos: .*split 'valid', cannot be loaded.*dataset_split"):
+        ids("both", "valid")
+    assert list(ids("saved", "test")) == list(data["key"])  # it does not say
+    for split in ("test", "all"):
+        assert list(ids("both/test", split)) == ["z"]
+    with pytest.raises(DataError, match=r"^data\.photos: .*it is the split 'test'.*dataset_split"):
+        ids("both/test", "train")
+
+
 def test_without_an_id_column_photos_are_called_after_their_bytes(saved, tmp_path):
     kept, _ = ingest(config(saved, "dataset"), tmp_path)
     assert set(kept) == {sha256(GOOD[name])[:16] for name in ("plain.png", "turned.jpg")}
