@@ -50,13 +50,13 @@ rule all:
         FIGURES,
         NOTEBOOKS,
         f"{OUT}/data/card.md",
-        f"{OUT}/models.passed",
+        PASSED,
 
 
 rule tables:
     input:
         TABLES,
-        f"{OUT}/models.passed",
+        PASSED,
 
 
 rule full:

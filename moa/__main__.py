@@ -33,6 +33,13 @@ def _simple(kind: Any) -> Any:
     return kind
 
 
+def _takes_files(kind: Any) -> bool:
+    """Whether an option of this type is a list of paths."""
+    kind = _simple(kind)
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Sequence) and _simple(get_args(kind)[0]) is Path
+
+
 def _help(said: str, default: Any) -> str:
     """An option's help, with its default as it would be typed; the text says what none stands for."""
     if default in (inspect.Parameter.empty, None, False, "", ()):
@@ -103,9 +110,10 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def numbered(argument: str) -> list[str]:
-    """What an argument with `{000..139}` stands for: as many, numbered with as many digits, as in bash.
+    """What a file with `{000..139}` stands for: as many, numbered with as many digits, as in bash.
 
-    The workflow writes its shards so, since a shell takes no line of thousands of paths.
+    The workflow writes its shards so, since a shell takes no line of thousands of paths. An option that takes
+    one file, or a text, is left as it is.
     """
     found = re.fullmatch(r"([^{}]*)\{(\d+)\.\.(\d+)\}([^{}]*)", argument)
     if not found:
@@ -116,7 +124,6 @@ def numbered(argument: str) -> list[str]:
 
 def run(arguments: Sequence[str]) -> None:
     """Run one stage. Raises whatever the stage raises."""
-    arguments = [one for argument in arguments for one in numbered(argument)]
     top = argparse.ArgumentParser(prog="python -m moa", description="Stages of the MoA workflow.")
     stages = top.add_subparsers(dest="stage", required=True, metavar="stage")
     parsers = {
@@ -143,6 +150,8 @@ def run(arguments: Sequence[str]) -> None:
             _add_option(parser, parameter, kinds[parameter.name], help_of(name, function, parameter.name))
     options = vars(top.parse_args(arguments))
     options.pop("stage")
+    for option in (key for key, kind in kinds.items() if options.get(key) and _takes_files(kind)):
+        options[option] = [Path(file) for given in options[option] for file in numbered(str(given))]
     runlock.hold_from_environment()
     for key in configured:
         given, change = options.pop("config"), options.pop("change")

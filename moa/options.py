@@ -75,6 +75,7 @@ OWN: dict[str, dict[str, str]] = {
     },
     "archive-records": {
         "root": "folder of FastComposer's archive, unpacked.",
+        "lock": "the archive's lock, which the `lock-photos` stage wrote.",
         "records": "parquet file of training records to write.",
         "archived": "parquet file to write: the archive's own annotation and mask of every photo.",
     },

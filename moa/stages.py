@@ -46,7 +46,7 @@ GRID: dict[str, Any] = {
 # JSON schemas of the keys that belong to no single stage; those in OPTIONAL may be left out.
 TOP_LEVEL: dict[str, Any] = {
     "preset": {"type": "string"},
-    "output": {"type": "string"},
+    "output": {"type": "string", "pattern": r"""^[^{}'"]+$"""},  # names of files in shell commands
     "device": {"enum": ["cpu", "cuda"]},
     "weights": {"type": "string"},
     "source": {"enum": ["miniature", "shards", *KINDS]},

@@ -2,7 +2,7 @@
 
 Entry points, called by `python -m moa archive-records`, `export-archive` and `restore-archive`:
 
-    run(config, split, raw, root, records, rejected, archived)      a raw shard and the archive → records
+    run(config, split, raw, root, lock, records, rejected, archived)     a raw shard and the archive → records
     export(records, output)                                         records → an archive
     restore(raw, archived, output)                                  photos of an archive → the same archive
 
@@ -14,7 +14,6 @@ name a phrase each; its test photos are our validation photos. A record holds wh
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zlib
@@ -49,10 +48,12 @@ from moa.data.records import (
     encode_image,
     encode_mask,
     read_rows,
+    sha256,
     write_rows,
 )
 from moa.data.sources.archive import read_annotation
 from moa.data.sources.listing import archive_file, read_ids
+from moa.data.sources.lock import read_lock
 from moa.files import write_atomically
 
 SPLITS = {"train": "train", "validation": "test"}  # ours: the archive's
@@ -72,15 +73,29 @@ ARCHIVED = pa.schema(
 # --- Reading ----------------------------------------------------------------------------------------------
 
 
-def record(raw: Row, root: Path, split: str) -> Row:
-    """The record of a raw photo with all that the archive says about it. Raises as `read_annotation`."""
+def locked(root: Path, name: str, hashes: Mapping[str, str]) -> bytes:
+    """The bytes of one of the archive's files. Raises DataError unless they are those of the lock."""
+    data = (root / name).read_bytes()
+    if sha256(data) != hashes.get(name):
+        raise DataError(
+            f"{root / name} is not the file of the archive's lock; put the old one back, or, if the change "
+            "is meant, run `python -m moa lock-photos --accept` (docs/data.md)"
+        )
+    return data
+
+
+def record(raw: Row, root: Path, split: str, hashes: Mapping[str, str]) -> Row:
+    """The record of a raw photo with all that the archive says about it.
+
+    Raises as `read_annotation`, and DataError for files that are not those of the lock, `hashes` by name.
+    """
     caption, segments, ids = read_annotation(root, raw["id"], (raw["height"], raw["width"]))
     revisions: dict[str, str] = {}
     for kind, suffix in (("caption", ".json"), ("segment", ".npy")):
-        data = (root / archive_file(raw["id"], suffix)).read_bytes()
+        data = locked(root, archive_file(raw["id"], suffix), hashes)
         revisions |= {
             f"{kind}_model": raw["source"],
-            f"{kind}_revision": f"sha256:{hashlib.sha256(data).hexdigest()[:16]}",
+            f"{kind}_revision": f"sha256:{sha256(data)[:16]}",
         }
     known = {name: raw[name] for name in ("id", "image", "width", "height", "source", "sha256")}
     return {
@@ -125,9 +140,14 @@ def places(root: Path) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def as_it_was(photo: str, root: Path, listed: Mapping[str, Mapping[str, list[int]]]) -> Row:
-    """A photo's row of `ARCHIVED`: the bytes of its annotation and mask, and its places in the lists."""
-    about, mask = ((root / archive_file(photo, suffix)).read_bytes() for suffix in (".json", ".npy"))
+def as_it_was(
+    photo: str, root: Path, listed: Mapping[str, Mapping[str, list[int]]], hashes: Mapping[str, str]
+) -> Row:
+    """A photo's row of `ARCHIVED`: the bytes of its annotation and mask, and its places in the lists.
+
+    Raises DataError for files that are not those of the lock, `hashes` by name.
+    """
+    about, mask = (locked(root, archive_file(photo, suffix), hashes) for suffix in (".json", ".npy"))
     where = {name: listed[name].get(photo, []) for name in LISTS}
     return {"id": photo, "annotation": about, "mask": zlib.compress(mask), **where}
 
@@ -137,6 +157,7 @@ def run(
     split: Literal["train", "validation"],
     raw: Path,
     root: Path,
+    lock: Path,
     records: Path,
     rejected: Path,
     archived: Path,
@@ -144,22 +165,23 @@ def run(
     """Turn a raw shard of an archive's photos into records with the archive's captions and masks.
 
     `archived` keeps the archive's own files of all photos, rejected or not. Raises DataError for a bad shard,
-    an annotation that changed since the shard was made, and if more than `max_rejected` of the shard was
+    an annotation or mask that is not the lock's, and if more than `max_rejected` of the shard was
     rejected; the rejected rows are written even then.
     """
     tokenizer = load_tokenizer(config)
+    _, _, hashes = read_lock(lock)
     kept: list[Row] = []
     refused: list[Row] = []
     photos = read_rows(raw, RAW)
     for photo in tqdm(photos, desc=f"archive {raw.stem}", unit="photo"):
         try:
-            kept.append(people(record(photo, root, split), tokenizer, config))
+            kept.append(people(record(photo, root, split, hashes), tokenizer, config))
         except Rejected as why:
             refused.append({"id": photo["id"], "reason": why.reason, "detail": why.detail})
     write_rows(rejected, refused, REJECTED)
     check_rejected(raw, photos, refused, config)
     listed = places(root)
-    write_rows(archived, (as_it_was(photo["id"], root, listed) for photo in photos), ARCHIVED)
+    write_rows(archived, (as_it_was(photo["id"], root, listed, hashes) for photo in photos), ARCHIVED)
     write_rows(records, kept, RECORD)
 
 

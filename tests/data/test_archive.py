@@ -72,12 +72,18 @@ def files(root: Path) -> dict[str, bytes]:
     }
 
 
+def lock_of(root: Path) -> Path:
+    return config(root, "fastcomposer").lock
+
+
 def read(root: Path, out: Path) -> list[Path]:
     """The archive as shards of records with all that it says."""
     ingest(config(root, "fastcomposer"), out, ONE)
+    _, _, hashes = lock.read_lock(lock_of(root))
     paths = []
     for split in ONE:
-        rows = [archive.record(row, root, split) for row in read_rows(out / f"raw-{split}-0.parquet", RAW)]
+        photos = read_rows(out / f"raw-{split}-0.parquet", RAW)
+        rows = [archive.record(row, root, split, hashes) for row in photos]
         paths.append(out / f"records-{split}.parquet")
         write_rows(paths[-1], rows, RECORD)
     return paths
@@ -127,7 +133,7 @@ def test_an_archive_comes_out_as_it_went_in(seed, tmp_path, tokenizer):
     kept, archived = 0, []
     for split, path in zip(ONE, raw, strict=True):
         outputs = [out / f"{kind}-{split}.parquet" for kind in ("records", "rejected", "archived")]
-        archive.run(AlignConfig(tokenizer, "", max_rejected=1.0), split, path, root, *outputs)
+        archive.run(AlignConfig(tokenizer, "", max_rejected=1.0), split, path, root, lock_of(root), *outputs)
         archived.append(outputs[2])
         kept += len(read_rows(outputs[0], RECORD))
     assert 0 < kept < 9, "both kept and rejected photos must be among them"
@@ -146,7 +152,7 @@ def test_ties_and_dtypes_are_what_records_lose(root, tmp_path):
 def test_shards_of_other_photos_are_not_restored(root, tmp_path, tokenizer):
     read(root, tmp_path)
     raw, outputs = tmp_path / "raw-train-0.parquet", [tmp_path / f"{name}.parquet" for name in "rxa"]
-    archive.run(AlignConfig(tokenizer, ""), "train", raw, root, *outputs)
+    archive.run(AlignConfig(tokenizer, ""), "train", raw, root, lock_of(root), *outputs)
     with pytest.raises(DataError, match=r"a\.parquet is not about the photos of its raw shard"):
         archive.restore([tmp_path / "raw-validation-0.parquet"], outputs[2:], tmp_path / "out")
     with pytest.raises(DataError, match="2 raw and 1 archived shards"):
@@ -291,14 +297,16 @@ def test_training_sees_persons_alone(root, tmp_path, tokenizer):
     add(root, "0000002", segments=[SEGMENTS[2]])
     ingest(config(root, "fastcomposer"), tmp_path, ONE)
     out = [tmp_path / f"{name}.parquet" for name in ("records", "rejected", "archived")]
-    archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
+    archive.run(
+        AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, lock_of(root), *out
+    )
     (row,) = read_rows(out[0], RECORD)
     assert [(s["word"], s["segment_id"]) for s in row["segments"]] == [("man", 1), ("woman", 2)]
     assert set(np.unique(decode_mask(row["mask"]))) == {0, 1, 2}
     refused = {r["id"]: r["reason"] for r in read_rows(out[1], REJECTED)}
     assert refused == {"0000001": "plural", "0000002": "no_segment"}
     few = AlignConfig(tokenizer, "", max_subjects=1, max_rejected=1.0)
-    archive.run(few, "train", tmp_path / "raw-train-0.parquet", root, *out)
+    archive.run(few, "train", tmp_path / "raw-train-0.parquet", root, lock_of(root), *out)
     assert read_rows(out[1], REJECTED)[0]["reason"] == "too_many"
 
 
@@ -319,6 +327,23 @@ def test_no_damage_to_a_mask_stops_the_run(root):
     assert outcomes <= {(24, 32), "error"} and "error" in outcomes
 
 
+@pytest.mark.parametrize("ending", ["json", "npy"])
+def test_an_annotation_that_changed_since_it_was_locked_is_an_error(ending, root, tmp_path, tokenizer):
+    """It fits the photo as the locked one did, and only its hash tells."""
+    ingest(config(root, "fastcomposer"), tmp_path, ONE)
+    file = root / f"00000/0000001.{ending}"
+    if ending == "json":
+        file.write_text(file.read_text().replace("young woman", "short woman"))
+    else:
+        np.save(file, np.load(file)[::-1])
+    out = [tmp_path / f"{name}.parquet" for name in ("records", "rejected", "archived")]
+    with pytest.raises(DataError, match=rf"0000001\.{ending} is not the file of the archive's lock"):
+        archive.run(
+            AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, lock_of(root), *out
+        )
+    assert not any(path.exists() for path in out)
+
+
 def test_a_shard_of_which_nothing_is_left_is_an_error(root, tmp_path, tokenizer):
     """Like a shard that was annotated here; what was rejected can be looked at."""
     for photo in ("0000000", "0000001", "0000002"):
@@ -326,7 +351,9 @@ def test_a_shard_of_which_nothing_is_left_is_an_error(root, tmp_path, tokenizer)
     ingest(config(root, "fastcomposer"), tmp_path, ONE)
     out = [tmp_path / f"{name}.parquet" for name in ("records", "rejected", "archived")]
     with pytest.raises(DataError, match=r"3 of 3 photos were rejected \{'no_segment': 3\}, more than max_r"):
-        archive.run(AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, *out)
+        archive.run(
+            AlignConfig(tokenizer, ""), "train", tmp_path / "raw-train-0.parquet", root, lock_of(root), *out
+        )
     assert len(read_rows(out[1], REJECTED)) == 3 and not out[0].exists()
 
 

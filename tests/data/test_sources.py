@@ -400,6 +400,33 @@ def test_a_shard_older_than_a_held_out_copy_of_its_photo_is_an_error(tmp_path):
         check()
 
 
+@pytest.mark.parametrize("kept", ["jpg", "png"])
+def test_a_held_out_copy_is_seen_beside_a_file_of_its_id_that_was_put_aside(kept, tmp_path):
+    """The kept one leaks, whether the other's id came second or its link leads nowhere."""
+    top = tmp_path / "photos"
+    top.mkdir()
+    held = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "validation")
+    train = next(name for name in "abcdefghijkl" if split_of(name, 0.3) == "train")
+    (top / f"{train}.{kept}").write_bytes(GOOD["plain.png"])
+    if kept == "jpg":
+        (top / f"{train}.png").write_bytes(GOOD["turned.jpg"])
+    else:
+        (top / f"{train}.jpg").symlink_to(tmp_path / "away.jpg")
+    (top / f"{held}.png").write_bytes(GOOD["deep.png"])
+    ingest(config(top), tmp_path)
+    (top / f"{held}.png").write_bytes(GOOD["plain.png"])
+    lock.run(config(top), tmp_path / "index.parquet", accept=True)
+
+    def check() -> None:
+        shards = sorted(tmp_path.glob("bad-*.parquet"))
+        quarantine.run(QuarantineConfig(1.0), tmp_path / "index.parquet", shards, tmp_path / "q.csv")
+
+    with pytest.raises(DataError, match=rf"^1 photos \({train}\.{kept}\) have become"):
+        check()
+    shards_of(config(top), tmp_path)
+    check()
+
+
 def test_a_name_that_is_put_aside_takes_no_id(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/a.jpg").symlink_to(tmp_path / "away.jpg")
@@ -774,6 +801,29 @@ def test_a_saved_data_set_gives_the_bytes_that_were_put_in(saved, tmp_path):
         "x": GOOD["plain.png"], "y": GOOD["turned.jpg"],
     }  # fmt: skip
     assert {name: row["reason"] for name, row in aside.items()} == {"z": "no_image", "none": "no_image"}
+
+
+def test_the_split_of_a_saved_data_set_is_the_one_asked_for(saved, tmp_path):
+    """A single one may say which it is; of several, `all` are joined."""
+    data = datasets.load_from_disk(str(saved))
+
+    def ids(folder: str, split: str) -> list[str]:
+        return hub.load(config(tmp_path / folder, "dataset", dataset_split=split, id_column="key"), "")["key"]
+
+    rows = data.cast_column("image", datasets.Image(decode=False))
+    parts = {
+        split: datasets.Dataset.from_dict(rows[start:end], features=data.features, split=split)
+        for split, start, end in (("train", 0, 2), ("test", 2, 3))
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
+    assert list(ids("both", "all")) == ["x", "y", "z"] and list(ids("both", "test")) == ["z"]
+    with pytest.raises(DataError, match=r"^data\.photos: .*split 'valid', cannot be loaded.*dataset_split"):
+        ids("both", "valid")
+    assert list(ids("saved", "test")) == list(data["key"])  # it does not say
+    for split in ("test", "all"):
+        assert list(ids("both/test", split)) == ["z"]
+    with pytest.raises(DataError, match=r"^data\.photos: .*it is the split 'test'.*dataset_split"):
+        ids("both/test", "train")
 
 
 def test_without_an_id_column_photos_are_called_after_their_bytes(saved, tmp_path):

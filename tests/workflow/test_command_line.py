@@ -262,12 +262,22 @@ def test_numbered_files_are_one_word(argument: str, meant: list[str]) -> None:
 
 
 def test_numbered_files_reach_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Path] = []
-    monkeypatch.setattr(
-        command_line, "_function", lambda name: (lambda files: seen.extend(files), {"files": list[Path]})
-    )
-    command_line.run(["merge", "--files", "a-{08..10}", "b"])
-    assert seen == [Path("a-08"), Path("a-09"), Path("a-10"), Path("b")]
+    """Only where a list of files is asked for: a prompt, a name or an output may have braces of its own."""
+    seen: dict[str, object] = {}
+    hints = {"files": list[Path], "names": list[str], "prompt": str, "output": Path}
+
+    def stage(files, names, prompt, output):
+        seen.update(files=files, names=names, prompt=prompt, output=output)
+
+    monkeypatch.setattr(command_line, "_function", lambda name: (stage, hints))
+    texts = ["--names", "n{0..1}", "--prompt", "a man {000..003}", "--output", "o-{1..2}.csv"]
+    command_line.run(["merge", "--files", "a-{08..10}", "b", *texts])
+    assert seen == {
+        "files": [Path("a-08"), Path("a-09"), Path("a-10"), Path("b")],
+        "names": ["n{0..1}"],
+        "prompt": "a man {000..003}",
+        "output": Path("o-{1..2}.csv"),
+    }
 
 
 def _hints(function: object) -> dict:

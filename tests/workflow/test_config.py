@@ -66,6 +66,8 @@ def test_every_stage_loads_its_settings(name: str) -> None:
     ("key", "value", "message"),
     [
         ("colour", 1, "unknown key colour"),
+        ("output", "results/{a}", "output: .*does not match"),
+        ("output", "results/Anna's", "output: .*does not match"),
         ("train.moa.learning_rate", 1.0, "unknown key train.moa.learning_rate"),
         ("train.moa.lr", "1e-4", r"train\.moa\.lr: .*write 1\.0e-4"),
         ("train.moa.steps", 1.5, r"train\.moa\.steps"),

@@ -166,6 +166,21 @@ def test_another_commit_of_a_data_set_redoes_all_its_shards(snakemake: Run, proj
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["tables", "ablations"])
+def test_a_target_asks_for_a_check_that_failed(snakemake: Run, project: Path, target: str) -> None:
+    """Its list stays, and what needs that alone would not look for the check."""
+    data = project / "results/paper/data"
+    shards = "train-000", "train-001", "validation-000"
+    made = [f"files/{shard}.txt" for shard in shards]
+    made += [f"{folder}/{shard}.parquet" for folder in ("raw", "quarantined") for shard in shards]
+    for name in ("photos.parquet", "photos.checked", *made, "quarantine.csv"):  # all but quarantine.passed
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).touch()
+    done = snakemake(target, "--dry-run", config=settings())
+    assert jobs(done.stdout + done.stderr).get("quarantine") == "1", done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_another_photo_of_a_test_subject_is_looked_at(snakemake: Run, project: Path) -> None:
     """Offline, of a folder; whether it is the locked one is said by the stage."""
     listed = yaml.safe_load((ROOT / PAPER["protocol"]).read_text())["test"]["subjects"]
@@ -376,6 +391,27 @@ def test_random_annotators_go_through_the_rules(
     assert jobs(said) == dict.fromkeys(once, "1"), said
     [shard] = set(re.findall(r"(?:Captioning|Finding people in) (\S+)", said))
     assert "03" in [row["id"] for row in read_rows(project / DATA / f"raw/{shard}.parquet", RAW)]
+
+
+@pytest.mark.slow
+def test_photos_that_did_not_pass_go_no_further(
+    snakemake: Run, project: Path, photos: dict[str, Path], revisions: dict[str, str]
+) -> None:
+    """However often the same command is given: Snakemake by itself forgets that a check has failed."""
+    data = RANDOM["data"] | {"quarantine": {"max_quarantined": 0}}
+    strict, target = RANDOM | {"data": data}, f"{DATA}/captions/train-000.parquet"
+    assert snakemake("quarantine", "--cores", "2", config=RANDOM).returncode == 0
+    for rule, log, message in (
+        ("quarantine", "quarantine", "1 of 14 photos were put aside"),
+        ("caption", "caption/train-000", "did not pass"),
+    ):
+        done = snakemake(target, "--cores", "1", config=strict)
+        assert done.returncode == 1 and f"Error in rule {rule}:" in done.stdout + done.stderr
+        assert message in (project / f"results/random/logs/{log}.log").read_text()
+        assert not (project / target).exists()
+    for mended in ("quarantine", target):  # in this order, as the message says
+        assert snakemake(mended, "--cores", "1", config=RANDOM).returncode == 0
+    assert (project / target).is_file()
 
 
 @pytest.mark.slow

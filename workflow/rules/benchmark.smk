@@ -54,6 +54,7 @@ rule benchmark_data:
 rule sparse:
     input:
         f"{OUT}/figures/sparse.png",
+        PASSED,
 
 
 rule sparse_curve:

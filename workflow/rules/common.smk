@@ -19,6 +19,9 @@ TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names
 TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
+TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
+PASSED = [f"{OUT}/data/{name}" for name in ("photos.checked", "quarantine.passed")] if TAKEN_IN else []
+PASSED += [f"{OUT}/models.passed"]
 EARLIER_PRIOR = "results/earlier_prior"  # rule earlier_prior
 FACENET, LPIPS = (stages.weights(CONFIG, role) for role in ("identity", "lpips"))  # files; models.smk
 WEIGHED = ancient(f"{OUT}/models.checked")  # before a GPU is used; models.smk
@@ -87,15 +90,12 @@ def shards(folder, split):
     return [f"{OUT}/data/{folder}/{split}-{n:03d}.parquet" for n in range(stages.shards(CONFIG, split))]
 
 
-def span(start, count, ending=".parquet"):
-    """Numbered files as `python -m moa` takes them, in a word: a shell takes no line of 2,000 paths."""
-    return f"'{start}-{{000..{count - 1:03d}}}{ending}'"
-
-
 def all_shards(folder, *splits):
-    """As `shards` of several splits, for a command."""
-    counts = {split: stages.shards(CONFIG, split) for split in splits}
-    return lambda wildcards: " ".join(span(f"{OUT}/data/{folder}/{s}", n) for s, n in counts.items())
+    """As `shards` of several splits, as `python -m moa` takes them in a word: a shell takes no line of 2,000 paths."""
+    last = {split: stages.shards(CONFIG, split) - 1 for split in splits}
+    return lambda wildcards: " ".join(
+        f"'{OUT}/data/{folder}/{split}-{{000..{n:03d}}}.parquet'" for split, n in last.items()
+    )
 
 
 def stamp(wildcards):

@@ -1,7 +1,6 @@
 # Photos → captions, segments → training records. One job a shard.
 SPLITS = ("train", "validation")  # of photos
 ANNOTATION = [f"{OUT}/tables/annotation.csv"] if CONFIG["source"] == "miniature" else []
-TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
 QUARANTINED = [file for split in SPLITS for file in shards("quarantined", split)] if TAKEN_IN else []
 # The archive brings its own phrases.
 NAMED = (
@@ -10,6 +9,12 @@ NAMED = (
 # Captions and masks of ten shards are one job where there are ten: loading the models takes as long as a shard.
 TENS = [f"{split}-{n:02d}" for split in SPLITS for n in range(stages.shards(CONFIG, split) // 10)]
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
+REFUSE = (
+    f"test -e {OUT}/data/quarantine.passed || {{{{ echo 'The photos did not pass their checks: mend what"
+    f" {OUT}/logs/quarantine.log says, and run `snakemake quarantine`.' | tee {{log}}; exit 1; }}}}; "
+    if TAKEN_IN
+    else ""
+)
 
 
 if CONFIG["source"] == "miniature":
@@ -155,7 +160,8 @@ if TAKEN_IN:
     ON_THE_HUB = CONFIG["source"] == "dataset" and not Path(CONFIG["data"]["photos"]["path"]).is_dir()
 
     # After an error the `update`d files stay, so that shards and annotations need not be made again, and the touched
-    # ones are gone, so that the error comes again.
+    # ones are gone. That a file is gone counts only below a target or a job that runs: so the targets ask for PASSED,
+    # and what asks for CHECKED alone refuses to run without it.
     rule lock_photos:
         output:
             index=update(INDEX),
@@ -282,7 +288,8 @@ rule caption:
     message:
         "Captioning {wildcards.split}-{wildcards.shard}"
     shell:
-        "python -m moa caption --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
+        REFUSE
+        + "python -m moa caption --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
 
 
 rule segment:
@@ -309,7 +316,8 @@ rule segment:
     message:
         "Finding people in {wildcards.split}-{wildcards.shard}"
     shell:
-        "python -m moa segment --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
+        REFUSE
+        + "python -m moa segment --config {params.config:q} --raw {input.raw} --output {output} > {log} 2>&1"
 
 
 if TENS:
@@ -413,12 +421,14 @@ if CONFIG["source"] == "fastcomposer":
             config=settings("archive-records"),
             code=code("archive-records"),
             root=str(ARCHIVE),
+            lock=CONFIG["data"]["photos"]["lock"],
             files=stamp,
         message:
             "Reading the archive's captions and masks of {wildcards.split}-{wildcards.shard}"
         shell:
-            "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
-            " --root {params.root:q} --records {output.records} --rejected {output.rejected}"
+            REFUSE
+            + "python -m moa archive-records --config {params.config:q} --split {wildcards.split} --raw {input.raw}"
+            " --root {params.root:q} --lock {params.lock:q} --records {output.records} --rejected {output.rejected}"
             " --archived {output.archived} > {log} 2>&1"
 
 

@@ -101,7 +101,7 @@ use rule compare_prior as trial_preserved with:
 rule tune:
     input:
         f"{OUT}/tables/tuning.csv",
-        f"{OUT}/models.passed",
+        PASSED,
 
 
 rule tuning_table:
@@ -128,7 +128,7 @@ rule tuning_table:
 rule ablations:
     input:
         ABLATIONS,
-        f"{OUT}/models.passed",
+        PASSED,
 
 
 rule ablation_table:

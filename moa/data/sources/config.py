@@ -27,7 +27,7 @@ class PhotosConfig:
     max_pixels: int = 50_000_000  # larger photos are put aside before they are decoded
     max_bytes: int = 100_000_000  # larger files are hashed, but put aside before they are decoded
     revision: str | None = None  # of a data set on the hub; a commit pins it
-    dataset_split: str = "train"  # which split of the data set is read; ours is drawn anew
+    dataset_split: str = "train"  # which split of the data set is read, "all" for all; ours is drawn anew
     image_column: str = "image"
     id_column: str | None = None  # of a data set; without one, an id is the start of the bytes' SHA-256
 

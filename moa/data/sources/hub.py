@@ -86,12 +86,19 @@ def _snapshot(config: PhotosConfig, revision: str) -> Path:
 
 
 def _split(folder: Path, split: str) -> Any:
-    """A split of the data set in a folder, whatever wrote it there."""
+    """A split of the data set in a folder, "all" for all of them, whatever wrote it there.
+
+    Raises ValueError for a single one that says it is another; one that says nothing counts as any.
+    """
     import datasets
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         loaded = datasets.load_from_disk(str(folder))
-        return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        if isinstance(loaded, datasets.DatasetDict):
+            return datasets.concatenate_datasets(list(loaded.values())) if split == "all" else loaded[split]
+        if loaded.split is not None and str(loaded.split) != split != "all":
+            raise ValueError(f"it is the split {str(loaded.split)!r}")
+        return loaded
     return datasets.load_dataset(os.path.abspath(folder), split=split)  # `csv` alone would be no folder
 
 

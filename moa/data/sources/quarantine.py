@@ -102,13 +102,15 @@ def check_splits(rows: Sequence[Row], index: Sequence[Row]) -> None:
     """Raise DataError unless the shards put aside those photos that the index says are in both splits.
 
     A photo becomes one, or ceases to be, by a change of the held-out photo, and its own shard is then not
-    made again.
+    made again. Files may share an id, so those that the index puts aside are counted.
     """
     both = {row["id"]: row["name"] for row in index if row["reason"] == "both_splits"}
-    aside = {row["id"] for row in rows}
+    expected = Counter(row["id"] for row in index if row["reason"])
+    aside = Counter(row["id"] for row in rows)
+    new = {photo for photo in both if aside[photo] < expected[photo]}
     old = {row["id"] for row in rows if row["reason"] == "both_splits"}
-    names = {row["id"]: row["name"] for row in index}
-    wrong = sorted(names.get(photo, photo) for photo in (both.keys() - aside) | (old - both.keys()))
+    names = {row["id"]: row["name"] for row in index} | both
+    wrong = sorted(names.get(photo, photo) for photo in new | (old - both.keys()))
     if wrong:
         raise DataError(
             f"{len(wrong)} photos ({', '.join(wrong[:3])}) have become, or no longer are, copies of held-out "
