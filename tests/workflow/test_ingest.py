@@ -251,7 +251,8 @@ def test_a_thousand_shards_fit_into_a_command(snakemake: Run, project: Path, rul
         for split in ("train", "validation"):
             for n in range(1000):
                 (data / folder / f"{split}-{n:03d}.parquet").touch()
-    for name in ("photos.parquet", "photos.checked", "quarantine.passed", "../subjects/validation.parquet"):
+    checked = ("photos.checked", "quarantine.passed", "../models.checked")
+    for name in ("photos.parquet", *checked, "../subjects/validation.parquet"):
         (data / name).parent.mkdir(exist_ok=True)
         if name != f"../{target}":
             (data / name).touch()
