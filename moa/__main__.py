@@ -34,10 +34,13 @@ def _simple(kind: Any) -> Any:
 
 
 def _takes_files(kind: Any) -> bool:
-    """Whether an option of this type is a list of paths."""
+    """Whether an option of this type is a list of paths, which Python's callers may also give as text."""
     kind = _simple(kind)
     origin = get_origin(kind)
-    return isinstance(origin, type) and issubclass(origin, Sequence) and _simple(get_args(kind)[0]) is Path
+    if not (isinstance(origin, type) and issubclass(origin, Sequence)):
+        return False
+    item = get_args(kind)[0]
+    return Path in (item, *get_args(item))
 
 
 def _help(said: str, default: Any) -> str:

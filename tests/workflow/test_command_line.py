@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
@@ -264,16 +264,18 @@ def test_numbered_files_are_one_word(argument: str, meant: list[str]) -> None:
 def test_numbered_files_reach_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where a list of files is asked for: a prompt, a name or an output may have braces of its own."""
     seen: dict[str, object] = {}
-    hints = {"files": list[Path], "names": list[str], "prompt": str, "output": Path}
+    hints = {"files": list[Path], "more": Sequence[str | Path]}
+    hints |= {"names": list[str], "prompt": str, "output": Path}
 
-    def stage(files, names, prompt, output):
-        seen.update(files=files, names=names, prompt=prompt, output=output)
+    def stage(files, more, names, prompt, output):
+        seen.update(files=files, more=more, names=names, prompt=prompt, output=output)
 
     monkeypatch.setattr(command_line, "_function", lambda name: (stage, hints))
     texts = ["--names", "n{0..1}", "--prompt", "a man {000..003}", "--output", "o-{1..2}.csv"]
-    command_line.run(["merge", "--files", "a-{08..10}", "b", *texts])
+    command_line.run(["merge", "--files", "a-{08..10}", "b", "--more", "c{0..1}", *texts])
     assert seen == {
         "files": [Path("a-08"), Path("a-09"), Path("a-10"), Path("b")],
+        "more": [Path("c0"), Path("c1")],
         "names": ["n{0..1}"],
         "prompt": "a man {000..003}",
         "output": Path("o-{1..2}.csv"),

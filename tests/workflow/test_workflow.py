@@ -294,6 +294,7 @@ def test_what_a_job_does_not_read_makes_none_stale(snakemake: Run, project: Path
     for name in [*targets[:2], "data/truth/train-000.parquet", "data/records/train-000.parquet"]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
+    (out / "models.checked").touch()
     (out / "train/moa").mkdir(parents=True)
     asked = [f"results/tiny/{name}" for name in targets]
     asked += ["--allowed-rules", "render", "render_subjects", "train"]
