@@ -76,7 +76,7 @@ SECTIONS = (
     Section(
         "Router",
         "Weight of the frozen prior, inside and beside the subjects, by layer and timestep.",
-        ("tables/router.csv", "figures/router.png", "notebooks/*.ipynb"),
+        ("tables/router.csv", "tables/router_timesteps.csv", "figures/router.png", "notebooks/*.ipynb"),
     ),
     Section(
         "Beside published numbers",
