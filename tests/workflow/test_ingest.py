@@ -223,9 +223,14 @@ def test_captions_and_masks_are_one_job_a_shard(snakemake: Run) -> None:
 
 @pytest.mark.slow
 def test_ten_shards_share_a_loaded_model(snakemake: Run) -> None:
-    """Where there are ten; the others are jobs of their own."""
+    """Where there are ten and it is asked for; the others are jobs of their own."""
     shards = PAPER["shards"] | {"train": 23, "validation": 10}
-    done = snakemake("results/paper/data/card.md", "--dry-run", config=settings() | {"shards": shards})
+    config = settings() | {"shards": shards}
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=config)
+    counted = jobs(done.stdout)
+    assert (counted["caption"], counted["segment"]) == ("33", "33")
+    config["ten_shards_a_job"] = True
+    done = snakemake("results/paper/data/card.md", "--dry-run", config=config)
     counted = jobs(done.stdout)
     assert (counted["photos"], counted["align"]) == ("33", "33")
     for rule in ("caption", "segment"):
@@ -432,6 +437,7 @@ def test_a_shard_that_fails_leaves_its_ten_to_be_made_again(
     (raw / "train-007.parquet").write_bytes(whole[:-9])
     data = {key: RANDOM["data"][key] for key in ("caption", "segment", "align")}
     config = RANDOM | {"source": "shards", "shards": RANDOM["shards"] | {"train": 11}, "data": data}
+    config["ten_shards_a_job"] = True
     targets = [f"{DATA}/captions/train-{n:03d}.parquet" for n in (2, 10)]
     arguments = [*targets, "--cores", "1", "--keep-going"]
     done = snakemake(*arguments, config=config)

@@ -43,7 +43,7 @@ def before(name: str, after: dict[str, set[str]]) -> set[str]:
 @pytest.mark.parametrize(
     ("source", "methods", "dear"),
     [
-        ("folder", {}, {"caption", "segment"}),
+        ("folder", {}, {"caption", "caption_ten", "segment", "segment_ten"}),
         ("fastcomposer", {}, {"train", "trial_train"}),  # brings captions and masks
         ("fastcomposer", {"moa": [], "moa_wrong_subject": [], "fastcomposer": []}, {"generate", "score"}),
         ("fastcomposer", {"textual_inversion": ["single"]}, {"learn_subjects"}),
@@ -54,6 +54,7 @@ def test_weights_are_checked_before_a_gpu_is_used(
 ) -> None:
     """Also where no other rule that is dear comes before."""
     config = PAPER | {"source": source, "models": PAPER["models"] | {"lpips": LPIPS}}
+    config["ten_shards_a_job"] = True  # besides the rules of a shard there are those of ten
     config |= {"ablations": {"moa": {"default": {}, "frozen": {"train": {"image_encoder_layers": 0}}}}}
     if methods:
         config |= {"methods": {name: [] for name in PAPER["methods"]} | {"prior": ["single"]} | methods}

@@ -6,8 +6,9 @@ QUARANTINED = [file for split in SPLITS for file in shards("quarantined", split)
 NAMED = (
     [f for split in SPLITS for f in shards("phrases", split)] if CONFIG["source"] != "fastcomposer" else []
 )
-# Captions and masks of ten shards are one job where there are ten: loading the models takes as long as a shard.
+# Captions and masks of ten shards can be one job where there are ten, for loading BLIP-2 takes as long as a shard.
 TENS = [f"{split}-{n:02d}" for split in SPLITS for n in range(stages.shards(CONFIG, split) // 10)]
+TENS = TENS if CONFIG.get("ten_shards_a_job") else []
 CHECKED = [ancient(f"{OUT}/data/quarantine.csv")] if TAKEN_IN else []  # before a GPU is used
 REFUSE = (
     f"test -e {OUT}/data/quarantine.passed || {{{{ echo 'The photos did not pass their checks: mend what"
