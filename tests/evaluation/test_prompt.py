@@ -190,9 +190,9 @@ def photos() -> list[Image.Image]:
     return [Image.fromarray(astronaut()), Image.fromarray(coffee())]
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(24, marks=pytest.mark.slow)])
-def test_vit_l_14_equals_open_clip_from_photo_and_prompt_on(tmp_path, layers):
-    """Either side prepares and tokenises by itself; 24 layers are the true depth, 428 million weights."""
+def test_vit_l_14_equals_open_clip_from_photo_and_prompt_on(tmp_path):
+    """Either side prepares and tokenises by itself. Two layers of each tower: the others are like them."""
+    layers = 2
     judge = l14_judge(str(tmp_path), layers)
     found = judge.image_features(photos()) @ judge.text_features(L14_PROMPTS).T
     other = fill(l14_in_open_clip(layers), judge.model)
