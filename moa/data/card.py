@@ -28,19 +28,8 @@ from moa.data.records import RECORD, REJECTED, Row, count_rows, decode_image, de
 from moa.data.sources.reasons import QUARANTINED
 from moa.files import write_atomically
 
-SIDES = (
-    0,
-    64,
-    128,
-    256,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    4096,
-    100_000,
-)  # in the wild, no two sizes are alike
+# Pixels of the shorter side; in the wild, no two photos' sizes are alike.
+SIDES = (0, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096, 100_000)
 EVERY_REASON = QUARANTINED | REASONS
 DESCRIBED = [name for name in RECORD.names if name != "image"]  # columns that the card is made of
 COLORS = ((230, 57, 70), (29, 120, 240), (255, 183, 3), (42, 157, 143), (155, 93, 229), (241, 91, 181))

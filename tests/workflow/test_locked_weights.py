@@ -91,8 +91,8 @@ def test_a_folder_s_file_is_noted_and_a_changed_one_stops_the_run(snakemake: Run
     assert file.read_bytes() == good
 
 
-def test_a_check_that_fails_later_makes_nothing_again_and_fails_again(snakemake: Run, project: Path) -> None:
-    """Weights that are named after everything was made: trainings stay, and the error comes each time."""
+def test_a_check_that_fails_later_keeps_its_mark_and_fails_again(snakemake: Run, project: Path) -> None:
+    """Weights that are named late: the file that trainings wait for stays, and the error comes each time."""
     file = project / FILE
     file.parent.mkdir(parents=True)
     torch.save(InceptionResnetV1(pretrained=None).state_dict(), file)

@@ -308,6 +308,7 @@ def test_what_a_job_does_not_read_makes_none_stale(snakemake: Run, project: Path
 
     work = {"workers": 1, "checkpoint_every": 7, "checkpoint_seconds": 9.0, "checkpoints_kept": 1}
     assert stale(render={"subjects_test": 16}, train={"moa": work}) == set()
+    assert stale(models={"lpips": {"id": "alexnet.pth", "heads": "alex.pth"}}) == set()  # checked before it
     assert stale(render={"subjects_validation": 2}, train={"moa": {"lr": 1e-6}}) == {
         "render_subjects",
         "train",
