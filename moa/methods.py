@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
-import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class MethodConfig:
     @property
     def dtype(self) -> torch.dtype:
         """Weights' type while sampling."""
+        import torch  # here, because what only reads results knows requests without PyTorch
+
         return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.sampling.precision]
 
     def trained_folder(self, method: str) -> Path:
@@ -166,11 +170,6 @@ def build(name: str, config: MethodConfig) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(sorted(names))}")
     return METHODS[name](config)
-
-
-def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
-    """Starting noise [B, C, H, W], float32 on the CPU: row b depends on `seeds[b]` and `shape` only."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 WRONG_SUBJECT = "moa_wrong_subject"  # the method that shows others, by `wrong_subjects`

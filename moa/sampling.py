@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from moa.adapter import MoAAdapter
-from moa.methods import ModelSource, Request, Sampling, initial_latents
+from moa.methods import ModelSource, Request, Sampling
 
 Pipeline = Any  # diffusers' StableDiffusionPipeline, whose components its types do not know
 
@@ -107,6 +107,11 @@ def latent_shape(pipe: Pipeline) -> tuple[int, int, int]:
     size = pipe.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return pipe.unet.config.in_channels, height, width
+
+
+def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Starting noise [B, C, H, W], float32 on the CPU: row b depends on `seeds[b]` and `shape` only."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 def in_batches(requests: Sequence[Request], size: int) -> list[Sequence[Request]]:

@@ -189,9 +189,9 @@ STAGES: dict[str, Stage] = {
         PRIOR | DEVICE | JUDGES | {"sampling": "generate.sampling"},
     ),
     "router-table": Stage("moa.evaluation.maps:tabulate", "tabulate what the router did"),
-    "merge": Stage("moa.evaluation.score:merge", "join scored samples"),
+    "merge": Stage("moa.evaluation.samples:merge", "join scored samples"),
     "compare-swaps": Stage(
-        "moa.evaluation.score:compare_swaps", "measure the context kept under a swap", "models.lpips", DEVICE
+        "moa.evaluation.swaps:compare_swaps", "measure the context kept under a swap", "models.lpips", DEVICE
     ),
     "compare-prior": Stage(
         "moa.evaluation.preserved:compare",
@@ -221,7 +221,7 @@ STAGES: dict[str, Stage] = {
     "tables": Stage("moa.evaluation.tables:tables", "tabulate quality"),
     "tuning-table": Stage("moa.evaluation.tuning:tabulate", "tabulate the tuning grid"),
     "ablation-table": Stage("moa.evaluation.ablations:tabulate", "tabulate the ablations"),
-    "cost": Stage("moa.evaluation.tables:costs", "tabulate cost"),
+    "cost": Stage("moa.evaluation.costs:costs", "tabulate cost"),
     "figure-benchmark": Stage("moa.figures.grids:benchmark", "draw subjects against methods"),
     "figure-pairs": Stage("moa.figures.grids:pairs", "draw pairs of subjects"),
     "figure-swap": Stage("moa.figures.grids:swap", "draw a subject swap"),

@@ -15,7 +15,7 @@ from moa.data.records import write_rows
 from moa.evaluation.measures import MEASURE, Measures, trial_measures
 from moa.evaluation.samples import Row
 from moa.evaluation.statistics import Interval
-from moa.evaluation.tables import FORMS, Table, limits, save
+from moa.evaluation.table import FORMS, Table, limits, save
 from moa.trials import reference
 
 Changes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # method: ablation: what it changes

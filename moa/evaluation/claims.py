@@ -18,9 +18,10 @@ from moa.config import load, read_list
 from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation import samples
+from moa.evaluation.groups import ORDER, by_method
 from moa.evaluation.measures import MEASURE, Measures, Values, everything
 from moa.evaluation.statistics import Interval, interval, slope
-from moa.evaluation.tables import FORMS, ORDER, Table, by_method, limits, save
+from moa.evaluation.table import FORMS, Table, limits, save
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, NOT_MEASURABLE = "not measured", "not measurable here"
@@ -269,7 +270,7 @@ def tabulate(
         claims: config/claims.yaml.
         sample_files: scored rows.
         output: folder.
-        kept: the file of `moa.evaluation.score.compare_swaps`; what the files left out would show is not
+        kept: the file of `moa.evaluation.swaps.compare_swaps`; what the files left out would show is not
             measured.
         measured: those of `moa.evaluation.measures.measure` and `moa.evaluation.shared.compare`.
         preserved: files of `moa.evaluation.preserved.compare`, if there is a prior.

@@ -7,7 +7,7 @@ dilated.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from moa.evaluation.perceptual import Perceptual
-
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Distance = Callable[[Pixels, Pixels], NDArray[np.float64]]  # a map [H, W] of two images [H, W, 3]
 
 ROUNDING = 1 / 12  # variance of rounding to whole grey levels: no difference below it is believed
 LEAST_OUTSIDE = 0.05  # fraction of the image; with less left to compare, a number would say nothing
@@ -65,7 +64,7 @@ def ssim_map(one: Pixels, other: Pixels) -> NDArray[np.float64]:
     return similarity.mean(axis=2)
 
 
-def kept(one: Pixels, other: Pixels, subjects: Mask, lpips: Perceptual | None = None) -> Kept | None:
+def kept(one: Pixels, other: Pixels, subjects: Mask, lpips: Distance | None = None) -> Kept | None:
     """Compare two images outside `subjects` [H, W]; None if less than `LEAST_OUTSIDE` of it is left."""
     outside = ~subjects
     if outside.mean() < LEAST_OUTSIDE:

@@ -24,19 +24,12 @@ from moa.data.annotators import load
 from moa.data.errors import DataError
 from moa.data.records import bounding_box
 from moa.data.segment import SegmentConfig
+from moa.evaluation.boxes import Detection, tidy
 from moa.evaluation.persons import PersonFinder, Persons
 from moa.lockfile import verify
 from moa.methods import ModelSource
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Detection:
-    """The faces (or persons) of an image, the largest first."""
-
-    boxes: Floats  # [N, 4]: x1, y1, x2, y2 in pixels, inside the image
-    scores: Floats  # [N], 0..1
 
 
 @dataclass(frozen=True)
@@ -90,32 +83,6 @@ class EmbedderConfig:
     id: str | None = None  # facenet: the weights file; auto: folder or hub name of a transformers model
     revision: str | None = None
     lock: Path = Path("data/models.sha256")  # facenet: text file with the weights' SHA-256; keep it
-
-
-# --- Boxes and crops --------------------------------------------------------------------------------------
-
-
-def tidy(boxes: Floats, scores: Floats, size: tuple[int, int]) -> Detection:
-    """Boxes cut to an image of (width, height), without empty ones, the largest first."""
-    width, height = size
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4).clip(0, [width, height, width, height])
-    scores = np.asarray(scores, dtype=float).reshape(-1)
-    whole = boxes.astype(int)
-    real = (whole[:, 2] > whole[:, 0]) & (whole[:, 3] > whole[:, 1])
-    boxes, scores = boxes[real], scores[real]
-    order = np.argsort(-areas(boxes), kind="stable")
-    return Detection(boxes[order], scores[order])
-
-
-def areas(boxes: Floats) -> Floats:
-    """Areas [N] of boxes [N, 4], in square pixels."""
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-
-
-def crop(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """The part of an image inside a box, whose corners are rounded towards zero (as facenet-pytorch does)."""
-    left, top, right, bottom = (int(side) for side in box)
-    return image.crop((left, top, right, bottom))
 
 
 # --- Detectors --------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation.statistics import interval
-from moa.evaluation.tables import Table, limits, save
+from moa.evaluation.table import Table, limits, save
 from moa.files import write_atomically
 
 Rows = Sequence[Mapping[str, Any]]

@@ -20,7 +20,7 @@ from moa.data.errors import DataError
 from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features
-from moa.evaluation.perceptual import NO_LPIPS, Perceptual, PerceptualConfig, load_perceptual
+from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
 from moa.evaluation.samples import Row
 
 Mask = NDArray[np.bool_]
@@ -54,7 +54,7 @@ def layout(one: Mask, other: Mask) -> float | None:
 
 
 def likeness(
-    one: View, other: View, dilation: float, lpips: Perceptual | None = None
+    one: View, other: View, dilation: float, lpips: context.Distance | None = None
 ) -> dict[str, float | None]:
     """PSNR, SSIM and LPIPS outside the dilated persons of both images, and the layout; None where unknown."""
     found = one.persons.any() and other.persons.any()

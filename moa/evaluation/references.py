@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moa.data.subjects import read_subjects
 from moa.evaluation import features, samples
-from moa.evaluation.features import Judges, ScoreConfig
+from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.score import reference_features
 
 

@@ -113,6 +113,11 @@ def read(paths: str | Path | Sequence[str | Path], schema: pa.Schema = SAMPLE) -
     return read_rows(paths, schema)
 
 
+def merge(parts: Sequence[str | Path], output: str | Path) -> None:
+    """Join scored parts into one samples file; a row given twice is a DataError."""
+    write(output, read(parts))
+
+
 def to_request(row: Mapping[str, Any], subjects: Mapping[str, Subject]) -> Request:
     """What a method needs to make the image of a row; KeyError-free: an unknown subject is a DataError."""
     missing = [name for name in row["subjects"] if name not in subjects]

@@ -10,13 +10,12 @@ import numpy as np
 from PIL import Image
 
 from moa.data.errors import DataError
-from moa.data.records import write_rows
 from moa.data.subjects import read_subjects
-from moa.evaluation import context, features, samples
-from moa.evaluation.features import Features, Judges, ScoreConfig
+from moa.evaluation import features, samples
+from moa.evaluation.features import Features
 from moa.evaluation.identity import score as score_identity
-from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
-from moa.evaluation.samples import KEPT, MADE, SAMPLE, Row
+from moa.evaluation.judges import Judges, ScoreConfig, look_at_files
+from moa.evaluation.samples import MADE, Row
 from moa.methods import WRONG_SUBJECT, Subject, wrong_subjects
 
 
@@ -46,7 +45,7 @@ def score(
     photos = {name: subject.image for name, subject in people.items()}
     judges = Judges(config)
     references = reference_features(judges, photos, {name for row in rows for name in row["subjects"]})
-    seen = features.look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))
+    seen = look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True)) if prompts else {}
     features.write(features_out, seen)
@@ -93,59 +92,4 @@ def score_row(row: Row, seen: Features, references: Mapping[str, Features], text
         "found": scored.found,
         "faces": scored.faces,
         "face_size": scored.face_size,
-    }
-
-
-def merge(parts: Sequence[str | Path], output: str | Path) -> None:
-    """Join scored parts into one samples file; a row given twice is a DataError."""
-    samples.write(output, samples.read(parts, SAMPLE))
-
-
-def compare_swaps(
-    made: Sequence[str | Path],
-    seen: Sequence[str | Path],
-    results: str | Path,
-    output: str | Path,
-    dilation: float = 0.05,
-    lpips: PerceptualConfig = NO_LPIPS,
-) -> None:
-    """Write `KEPT` rows: context kept between images of the same prompt and noise with different subjects.
-
-    A pair has no values if nobody was found in one of its images, whose person would count as context, or if
-    the subjects leave too little to compare.
-
-    Args:
-        made: `SAMPLE` files; rows of a kind whose noise is shared form pairs, others none.
-        seen: the features files of these images.
-        results: the folder that the rows' paths start from.
-        output: parquet file to write.
-        dilation: how far a subject's mask is grown, as a fraction of the image's side.
-        lpips: where its weights are.
-    """
-    rows, found = samples.read(made, SAMPLE), features.read(seen)
-    perceptual = load_perceptual(lpips)
-    kept = []
-    for one, other in context.swaps(rows):
-        pixels = [np.asarray(samples.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
-        persons = [found[row["path"]].persons for row in (one, other)]
-        mask = context.dilate(persons[0] | persons[1], dilation)
-        somebody = all(p.any() for p in persons)
-        alike = context.kept(pixels[0], pixels[1], mask, perceptual) if somebody else None
-        kept.append(_kept_row(one, other, alike, float(1 - mask.mean())))
-    kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
-    write_rows(output, kept, KEPT)
-
-
-def _kept_row(
-    one: Mapping[str, Any], other: Mapping[str, Any], alike: context.Kept | None, outside: float
-) -> Row:
-    same = ("method", "train_seed", "split", "kind", "prompt_id", "index", "subject")
-    return {
-        **{name: one[name] for name in same},
-        "other": other["subject"],
-        "members": sorted({*one["members"], *other["members"]}),
-        "psnr": alike.psnr if alike else None,
-        "ssim": alike.ssim if alike else None,
-        "lpips": alike.lpips if alike else None,
-        "outside": outside,
     }

@@ -16,7 +16,7 @@ from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
 from moa.evaluation.features import Features
 from moa.evaluation.measures import MEASURE, measure_row, unit_of
-from moa.evaluation.perceptual import NO_LPIPS, Perceptual, PerceptualConfig, load_perceptual
+from moa.evaluation.perceptual import NO_LPIPS, PerceptualConfig, load_perceptual
 from moa.evaluation.preserved import request_of
 from moa.evaluation.samples import Row
 
@@ -80,7 +80,7 @@ def alike(
     found: Mapping[str, Features],
     results: Path,
     dilation: float,
-    lpips: Perceptual | None = None,
+    lpips: context.Distance | None = None,
 ) -> Iterable[Row]:
     """PSNR, SSIM and LPIPS of each pair outside the people of all, as `MEASURE` rows.
 

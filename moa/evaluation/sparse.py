@@ -21,14 +21,14 @@ from moa.baselines.moa import MoA, make
 from moa.data.subjects import read_subjects
 from moa.evaluation import samples
 from moa.evaluation.context import psnr
-from moa.evaluation.features import Judges, ScoreConfig
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig
 from moa.evaluation.identity import score as score_identity
+from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.router import MoARecorder, Recording
 from moa.evaluation.samples import REQUEST
 from moa.evaluation.score import reference_features
 from moa.evaluation.statistics import interval
-from moa.evaluation.tables import Table, limits, save
+from moa.evaluation.table import Table, limits, save
 from moa.methods import MethodConfig, ModelSource, Request, Sampling
 from moa.sampling import in_batches
 

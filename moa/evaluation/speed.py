@@ -31,8 +31,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from moa.data.benchmark import random_mask2former
 from moa.data.segment import SegmentConfig
-from moa.evaluation.features import Judges, ScoreConfig
 from moa.evaluation.identity import FaceNetEmbedder, MTCNNDetector
+from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
 from moa.evaluation.samples import Row

@@ -1,18 +1,12 @@
-"""The `tables` stage: samples to CSV, Markdown and LaTeX. No image is opened and no model runs here.
+"""The `tables` stage: samples to tables of quality. No image is opened and no model runs here.
 
-Quality tables hold nothing that changes from run to run (times and memory have a table of their own), so the
-same samples give the same bytes.
+They hold nothing that changes from run to run (times and memory have a table of their own), so the same
+samples give the same bytes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,117 +15,24 @@ from moa.config import read_list
 from moa.data.errors import DataError
 from moa.data.records import read_rows
 from moa.evaluation import samples
+from moa.evaluation.groups import (
+    METRICS,
+    Rows,
+    by_method,
+    mean_of,
+    members_of,
+    pair_of,
+    per_request,
+    seeds_of,
+)
 from moa.evaluation.samples import KEPT, Row
 from moa.evaluation.statistics import Interval, difference, interval, ratio
-from moa.files import write_atomically
-from moa.trained import TRAINED
+from moa.evaluation.table import FORMS, Table, joined, limits, save
+from moa.evaluation.trainings import trainings, trainings_of_swaps
 
-ORDER = ("prior", "moa", "moa_wrong_subject", "fastcomposer", "ceiling")  # others follow by name
 MAIN = ("method", "source", "images", "ip", "ip_low", "ip_high", "pc", "pc_low", "pc_high", "found")
 KEPT_METRICS = ("psnr", "ssim", "lpips", "outside")
 NO_VALUE = "not measured"
-Cells = Mapping[str, Any]  # values by column
-Rows = Sequence[Cells]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Named columns and their rows; None and NaN are empty cells."""
-
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
-    notes: tuple[str, ...] = ()  # below the Markdown and LaTeX forms
-
-
-# --- Forms ------------------------------------------------------------------------------------------------
-
-
-def cell(value: Any) -> str:
-    """A value as text: four decimals for floats, nothing for None and NaN."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def to_csv(table: Table) -> str:
-    """RFC 4180 but for line ends, which are those of Unix."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows([cell(row.get(name)) for name in table.columns] for row in table.rows)
-    return text.getvalue()
-
-
-def _pretty(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells for reading: three decimals, `x_low` and `x_high` folded into x as [low, high]."""
-    folded = [c for c in table.columns if {f"{c}_low", f"{c}_high"} <= set(table.columns)]
-    hidden = {f"{name}_{side}" for name in folded for side in ("low", "high")}
-    shown = [name for name in table.columns if name not in hidden]
-
-    def text(row: Mapping[str, Any], name: str) -> str:
-        value = row.get(name)
-        plain = f"{value:.3f}" if isinstance(value, float) and not math.isnan(value) else cell(value)
-        low, high = (row.get(f"{name}_{side}") if name in folded else None for side in ("low", "high"))
-        return plain if not cell(low) or not cell(high) else f"{plain} [{low:.3f}, {high:.3f}]"
-
-    return shown, [[text(row, name) for name in shown] for row in table.rows]
-
-
-def to_markdown(table: Table) -> str:
-    """A pipe table, intervals in brackets, notes below."""
-    names, rows = _pretty(table)
-    lines = [f"| {' | '.join(r)} |" for r in (names, ["---"] * len(names), *rows)]
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)]) + "\n"
-
-
-def to_latex(table: Table) -> str:
-    """A booktabs tabular, intervals in brackets, notes as comments."""
-    names, rows = _pretty(table)
-    body = [" & ".join(map(_escape, r)) + r" \\" for r in rows]
-    head = " & ".join(map(_escape, names)) + r" \\"
-    layout = "l" * len(names)
-    lines = [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", *(f"% {note}" for note in table.notes)]) + "\n"
-
-
-_MATHS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$", "±": r"$\pm$"}
-
-
-def _escape(text: str) -> str:
-    return "".join(f"\\{c}" if c in "&%$#_{}" else _MATHS.get(c, c) for c in text)
-
-
-FORMS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
-
-
-def save(table: Table, path: str | Path) -> None:
-    """Write a table; the ending, .csv, .md or .tex, says in which form."""
-    path = Path(path)
-    text = FORMS[path.suffix](table)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
-
-
-# --- From samples -----------------------------------------------------------------------------------------
-
-
-def by_method(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows of each method, the methods in the order of the tables."""
-    names = sorted(
-        {row["method"] for row in rows}, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m)
-    )
-    return {name: [row for row in rows if row["method"] == name] for name in names}
-
-
-def limits(name: str, value: Interval) -> dict[str, float]:
-    """An interval as the cells `name`, `name_low` and `name_high`."""
-    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
-
-
-def mean_of(rows: Rows, metric: str) -> Interval:
-    """Mean over images of a column of samples, with its interval over subjects."""
-    return interval([row[metric] for row in rows], [row["members"] for row in rows])
 
 
 def quality(rows: Rows, published: Rows = ()) -> Table:
@@ -147,7 +48,7 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
         scores = limits("ip", mean_of(own, "ip")) | limits("pc", mean_of(own, "pc"))
         table.append({"method": method, "source": "measured", "images": len(own), **scores, "found": found})
     notes = ["Measured rows: mean over images, with 95 % intervals whose unit is the subject."]
-    if (count := max(len(_seeds(own)) for own in by_method(rows).values())) > 1:
+    if (count := max(len(seeds_of(own)) for own in by_method(rows).values())) > 1:
         notes.append(
             f"Trained methods: mean of {count} trainings; tables/seeds says how far apart these lie."
         )
@@ -159,35 +60,13 @@ def quality(rows: Rows, published: Rows = ()) -> Table:
     return Table(MAIN, table, tuple(notes))
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["subject"], row["prompt_id"], row["index"]
-
-
-def _members(
-    *methods: Rows, key: Callable[[Mapping[str, Any]], tuple[Any, ...]] = _key
-) -> dict[tuple[Any, ...], list[str]]:
-    """On whose looks the rows of each request (or pair) depend, of all these methods."""
-    members: dict[tuple[Any, ...], set[str]] = {}
-    for row in (row for rows in methods for row in rows):
-        members.setdefault(key(row), set()).update(row["members"])
-    return {key: sorted(names) for key, names in members.items()}
-
-
-def _per_request(rows: Rows, metric: str) -> dict[tuple[Any, ...], float]:
-    """A metric by request, averaged over training seeds, so that methods can be paired."""
-    values: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        values.setdefault(_key(row), []).append(row[metric])
-    return {key: sum(v) / len(v) for key, v in values.items()}
-
-
 def differences(rows: Rows, kind: str, metrics: Sequence[str] = ("ip", "pc")) -> Table:
     """Paired differences between all methods over the same requests: later method − earlier one."""
     methods, table = by_method(rows), []
     for metric in metrics:
-        values = {method: _per_request(own, metric) for method, own in methods.items()}
+        values = {method: per_request(own, metric) for method, own in methods.items()}
         for reference, method in combinations(values, 2):
-            members = _members(methods[method], methods[reference])
+            members = members_of(methods[method], methods[reference])
             paired = difference(values[method], values[reference], members)
             row = {
                 "kind": kind,
@@ -214,7 +93,7 @@ def progress(rows: Rows, kind: str) -> Table:
     """How far IP gets from the prior (0) to the ceiling (1), with an interval; empty without these two."""
     columns = ("kind", "method", "way", "way_low", "way_high")
     methods = by_method(rows)
-    values = {method: _per_request(own, "ip") for method, own in methods.items()}
+    values = {method: per_request(own, "ip") for method, own in methods.items()}
     if not {"prior", "ceiling"} <= set(values):
         return Table(columns, [])
     keys = sorted(values["prior"])
@@ -223,7 +102,7 @@ def progress(rows: Rows, kind: str) -> Table:
     for method, own in values.items():
         if method not in ("prior", "ceiling"):
             gained = [own[k] - values["prior"][k] for k in keys]
-            members = _members(methods[method], methods["prior"], methods["ceiling"])
+            members = members_of(methods[method], methods["prior"], methods["ceiling"])
             table.append(
                 {"kind": kind, "method": method}
                 | limits("way", ratio(gained, span, [members[k] for k in keys]))
@@ -278,20 +157,16 @@ def kept_context(rows: Rows) -> Table:
     return Table(("method", "minus", "pairs", "left_out", *bounds), table, notes)
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return row["subject"], row["other"], row["prompt_id"], row["index"]
-
-
 def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:
     """Difference over the swaps that both methods have a value for."""
 
     def keyed(rows: Rows, metric: str) -> dict[Any, float]:
         values: dict[Any, list[float]] = {}
         for r in rows:
-            values.setdefault(_pair(r), []).append(r[metric])
+            values.setdefault(pair_of(r), []).append(r[metric])
         return {key: sum(v) / len(v) for key, v in values.items()}
 
-    members = _members(own, reference, key=_pair)
+    members = members_of(own, reference, key=pair_of)
     row: dict[str, Any] = {"method": method, "minus": minus}
     for metric in KEPT_METRICS:
         if any(r[metric] is None for r in (*own, *reference)):
@@ -308,7 +183,6 @@ def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> 
 
 # --- Beside published numbers -----------------------------------------------------------------------------
 
-METRICS = ("ip", "pc")
 TABLE3 = (
     "method",
     "published_as",
@@ -382,222 +256,14 @@ def _published_differences(rows: Rows, published: Rows) -> list[dict[str, Any]]:
         first, second = sorted((one, other), key=lambda row: list(methods).index(row["ours"]))
         values = {}
         for metric in METRICS:
-            own, minus = (_per_request(methods[row["ours"]], metric) for row in (first, second))
-            members = _members(methods[first["ours"]], methods[second["ours"]])
+            own, minus = (per_request(methods[row["ours"]], metric) for row in (first, second))
+            members = members_of(methods[first["ours"]], methods[second["ours"]])
             values[metric] = difference(own, minus, members), first[metric] - second[metric]
         names = f"{first['method']} − {second['method']}: {first['reference']}"
         table.append(
             {"method": f"{first['ours']} − {second['ours']}", "published_as": names} | _beside(values)
         )
     return table
-
-
-# --- Several trainings ------------------------------------------------------------------------------------
-
-SEEDS = (
-    "kind",
-    "metric",
-    "method",
-    "minus",
-    "trainings",
-    "value",
-    "value_low",
-    "value_high",
-    "least",
-    "most",
-    "sd",
-)
-
-
-def trainings(rows: Rows, kind: str) -> Table:
-    """How far trainings with different seeds lie apart: each method's mean, and each difference of two.
-
-    value has the interval over subjects, as everywhere; least, most and sd are over the trainings' means, of
-    a difference over all choices of a training of either, with the root of the two variances' sum as sd. Two
-    methods that use the same weights are compared training by training.
-    """
-    methods = by_method(rows)
-    table: list[dict[str, Any]] = []
-    for metric in METRICS:
-        means = {method: _means_of_trainings(own, metric) for method, own in methods.items()}
-        for method in methods:
-            if len(means[method]) > 1:
-                row = {"kind": kind, "metric": metric, "method": method, "trainings": len(means[method])}
-                spread = _spread(list(means[method].values()))
-                table.append(row | limits("value", mean_of(methods[method], metric)) | spread)
-        for reference, method in combinations(methods, 2):
-            if max(len(means[method]), len(means[reference])) > 1:
-                own, other = (_per_request(methods[name], metric) for name in (method, reference))
-                row = {"kind": kind, "metric": metric, "method": method, "minus": reference}
-                members = _members(methods[method], methods[reference])
-                value = limits("value", difference(own, other, members))
-                table.append(row | value | _spread_apart(means, method, reference))
-    notes = (
-        "value: mean over images, with its 95 % interval over subjects. least, most: of the means of "
-        "trainings that differ in their seed alone; of a difference, of all choices of one of either method, "
-        "or of each training of two methods that share theirs. sd: their standard deviation.",
-    )
-    return Table(SEEDS, table, notes)
-
-
-def trainings_of_swaps(rows: Rows) -> Table:
-    """Likewise of the context kept under a swap, from `KEPT` rows: pairs with a value in every training."""
-    table: list[dict[str, Any]] = []
-    for metric in ("psnr", "ssim"):
-        for method, own in by_method(rows).items():
-            seeds = _seeds(own)
-            pairs: dict[tuple[Any, ...], dict[int | None, float]] = {}
-            for row in own:
-                if row[metric] is not None:
-                    pairs.setdefault(_pair(row), {})[row["train_seed"]] = row[metric]
-            whole = {pair: found for pair, found in pairs.items() if found.keys() == seeds}
-            if len(seeds) > 1 and whole:
-                members = {_pair(row): row["members"] for row in own}
-                value = interval(
-                    [statistics.mean(found.values()) for found in whole.values()],
-                    [members[pair] for pair in whole],
-                )
-                means = [statistics.mean(found[seed] for found in whole.values()) for seed in seeds]
-                about = {"kind": "swap", "metric": f"swap_{metric}", "method": method}
-                table.append(about | {"trainings": len(seeds)} | limits("value", value) | _spread(means))
-    return Table(SEEDS, table)
-
-
-def _seeds(rows: Rows) -> set[int | None]:
-    return {row["train_seed"] for row in rows}
-
-
-def _means_of_trainings(rows: Rows, metric: str) -> dict[int | None, float]:
-    """The mean of each training by its seed; of one that was not trained, its only one."""
-    groups: dict[int | None, list[float]] = {}
-    for row in sorted(rows, key=lambda row: -1 if row["train_seed"] is None else row["train_seed"]):
-        groups.setdefault(row["train_seed"], []).append(row[metric])
-    return {seed: sum(values) / len(values) for seed, values in groups.items()}
-
-
-def _spread_apart(means: Mapping[str, Mapping[int | None, float]], method: str, minus: str) -> dict[str, Any]:
-    """trainings, least, most and sd of the differences of two methods."""
-    own, other = means[method], means[minus]
-    if TRAINED.get(method, method) == TRAINED.get(minus, minus) and own.keys() == other.keys():
-        paired = [own[seed] - other[seed] for seed in own]
-        return {"trainings": len(paired)} | _spread(paired)
-    values = list(own.values()), list(other.values())
-    return {"trainings": len(own) * len(other)} | _spread(*values)
-
-
-def _spread(means: Sequence[float], minus: Sequence[float] = (0.0,)) -> dict[str, float]:
-    """least, most and sd of the differences of two methods' trainings."""
-    every = [one - other for one in means for other in minus]
-    variances = [statistics.variance(part) for part in (means, minus) if len(part) > 1]
-    return {"least": min(every), "most": max(every), "sd": math.sqrt(sum(variances))}
-
-
-# --- Costs ------------------------------------------------------------------------------------------------
-
-COST = (
-    "method",
-    "images",
-    "seconds_per_image",
-    "peak_mb",
-    "peak_gpu_mb",
-    "trained_parameters",
-    "train_seconds",
-    "train_peak_mb",
-    "train_peak_gpu_mb",
-)
-
-
-def cost(rows: Rows, training: Mapping[str, Cells], memory: Mapping[str, Cells]) -> Table:
-    """What methods cost on this machine; docs/workflow.md says what its columns mean.
-
-    Args:
-        rows: samples.
-        training: for methods with training, `training_cost`, of several trainings their `mean_training`.
-        memory: `generation_memory` by method, of several the `largest`.
-    """
-    table = []
-    for method, own in by_method(rows).items():
-        spent = {"images": len(own), "seconds_per_image": sum(r["seconds"] for r in own) / len(own)}
-        table.append({"method": method, **spent, **memory.get(method, {}), **training.get(method, {})})
-    return Table(COST, table)
-
-
-def training_cost(path: str | Path) -> dict[str, Any]:
-    """Cells of the cost table from a training's train.json. Raises DataError naming a broken one."""
-    try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {
-            "trained_parameters": about["trained_parameters"],
-            "train_seconds": float(about["seconds"]),
-            "train_peak_mb": megabytes(about["peak_memory_bytes"]),
-            "train_peak_gpu_mb": megabytes(about["peak_gpu_bytes"]),
-        }
-    except (json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{path} is no train.json ({error}); train again") from error
-
-
-def mean_training(costs: Sequence[Cells]) -> dict[str, Any]:
-    """One training's cost from that of several which differ in their seed: mean seconds, largest peaks."""
-    peaks = largest(costs, "train_peak_mb", "train_peak_gpu_mb")
-    return dict(costs[0]) | {"train_seconds": sum(one["train_seconds"] for one in costs) / len(costs)} | peaks
-
-
-def megabytes(size: int) -> float | None:
-    """Bytes in MB; None for 0, as of a GPU that was not used."""
-    return size / 2**20 or None
-
-
-def largest(cells: Sequence[Cells], *names: str) -> dict[str, float | None]:
-    """The largest of each of these cells; None where all are empty."""
-    return {name: max((one[name] for one in cells if one[name]), default=None) for name in names}
-
-
-def generation_memory(path: str | Path) -> dict[str, float | None]:
-    """Cells of the cost table from what generation wrote. Raises DataError naming a broken file."""
-    try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {
-            "peak_mb": megabytes(about["peak_memory_bytes"]),
-            "peak_gpu_mb": megabytes(about["peak_gpu_bytes"]),
-        }
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} holds no peaks of memory ({error!r}); generate again") from error
-
-
-def costs(
-    sample_files: Sequence[str | Path],
-    output: str | Path,
-    training: Sequence[str] = (),
-    memory: Sequence[str] = (),
-) -> None:
-    """Write cost.csv, .md and .tex, apart from the quality tables because they differ from run to run.
-
-    Args:
-        sample_files: scored rows.
-        output: one of the files to write; the others lie beside it.
-        training: method=path of each train.json; of several, the mean counts.
-        memory: method=path of what `generate-shard --memory` wrote; of several, the largest counts.
-    """
-    trained: dict[str, list[Cells]] = {}
-    for method, path in map(_named_path, training):
-        trained.setdefault(method, []).append(training_cost(path))
-    peaks: dict[str, list[Cells]] = {}
-    for method, path in map(_named_path, memory):
-        peaks.setdefault(method, []).append(generation_memory(path))
-    table = cost(
-        samples.read(sample_files),
-        {method: mean_training(every) for method, every in trained.items()},
-        {method: largest(every, "peak_mb", "peak_gpu_mb") for method, every in peaks.items()},
-    )
-    for form in FORMS:
-        save(table, Path(output).with_suffix(form))
-
-
-def _named_path(argument: str) -> tuple[str, str]:
-    method, _, path = argument.partition("=")
-    if not method or not path:
-        raise ValueError(f"{argument!r} must be method=path")
-    return method, path
 
 
 # --- The stage --------------------------------------------------------------------------------------------
@@ -611,12 +277,6 @@ def read_published(path: str | Path) -> list[Row]:
         if missing:
             raise DataError(f"{path}: row {row} lacks {', '.join(sorted(missing))}")
     return rows
-
-
-def joined(parts: Iterable[Table]) -> Table:
-    """Tables of the same columns, one below the other."""
-    tables = list(parts)
-    return Table(tables[0].columns, [row for table in tables for row in table.rows], tables[0].notes)
 
 
 def tables(
@@ -634,7 +294,7 @@ def tables(
 
     Args:
         sample_files: scored rows.
-        kept: the parquet file of `moa.evaluation.score.compare_swaps`.
+        kept: the parquet file of `moa.evaluation.swaps.compare_swaps`.
         published: config/published.yaml.
         split: which samples to use.
 
@@ -656,7 +316,7 @@ def tables(
     if swaps or any(row["kind"] == "swap" for row in rows):
         made["context"] = kept_context(swaps)
     spread = [trainings(part, kind) for kind, part in present.items()] + [trainings_of_swaps(swaps)]
-    if any(len(_seeds(own)) > 1 for part in (*present.values(), swaps) for own in by_method(part).values()):
+    if any(len(seeds_of(own)) > 1 for part in (*present.values(), swaps) for own in by_method(part).values()):
         made["seeds"] = joined(spread)
     for name, table in made.items():
         for form in FORMS:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from moa.data.records import read_rows
 from moa.evaluation import samples
+from moa.evaluation.groups import mean_of
 from moa.evaluation.samples import KEPT
-from moa.evaluation.tables import Table, limits, mean_of, save
+from moa.evaluation.table import Table, limits, save
 
 METRICS = tuple(f"{metric}{side}" for metric in ("ip", "pc") for side in ("", "_low", "_high"))
 COLUMNS = ("method", "trial", "changes", "images", *METRICS, "found", "score", "swaps", "psnr")

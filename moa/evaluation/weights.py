@@ -18,7 +18,8 @@ import torch
 from moa import lockfile
 from moa.data.errors import DataError
 from moa.evaluation.identity import EmbedderConfig, FaceNetEmbedder
-from moa.evaluation.perceptual import Perceptual, PerceptualConfig
+from moa.evaluation.lpips import LPIPS
+from moa.evaluation.perceptual import PerceptualConfig
 from moa.hashing import file_hash
 
 ALEXNET = "7be5be79"  # how the SHA-256 of AlexNet's file begins, by the name that torchvision gives it
@@ -84,8 +85,9 @@ def lock(config: WeightsConfig) -> None:
         file = identity.id
         _hold({"models.identity.id": (file, "")}, identity.lock, lambda: FaceNetEmbedder(file))
     if lpips.id is not None and lpips.heads is not None:
-        files = {"models.lpips.id": (lpips.id, ALEXNET), "models.lpips.heads": (lpips.heads, LPIPS_HEADS)}
-        _hold(files, lpips.lock, lambda: Perceptual(lpips))
+        alexnet, heads = lpips.id, lpips.heads
+        files = {"models.lpips.id": (alexnet, ALEXNET), "models.lpips.heads": (heads, LPIPS_HEADS)}
+        _hold(files, lpips.lock, lambda: LPIPS(alexnet, heads))
 
 
 def _hold(files: Mapping[str, tuple[str, str]], lock: Path, load: Callable[[], object]) -> None:

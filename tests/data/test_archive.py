@@ -15,7 +15,7 @@ from moa.data.align import AlignConfig
 from moa.data.errors import DataError
 from moa.data.records import RAW, RECORD, REJECTED, decode_image, decode_mask, read_rows, write_rows
 from moa.data.sources import listing, lock
-from tests.data.test_sources import config, encoded, ingest, turned
+from tests.data.files import config, encoded, ingest, turned
 
 ONE = {"train": 1, "validation": 1}
 CAPTION = "a man and a young woman with a tie"

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from moa.evaluation import samples
+from moa.evaluation.boxes import Detection
 from moa.evaluation.features import Features
-from moa.evaluation.identity import Detection
 
 COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta"]
 

@@ -18,6 +18,7 @@ from skimage.data import astronaut
 from moa.choose import greedy_pairs
 from moa.data.annotators import ModelSource
 from moa.evaluation import identity
+from moa.evaluation.boxes import areas, crop, tidy
 from moa.evaluation.identity import (
     AutoEmbedder,
     ColorEmbedder,
@@ -25,9 +26,7 @@ from moa.evaluation.identity import (
     EmbedderConfig,
     FaceNetEmbedder,
     MTCNNDetector,
-    crop,
     score,
-    tidy,
 )
 
 
@@ -177,7 +176,7 @@ def test_ip_of_a_photograph_equals_facenet_pytorch(facenet, photo):
         embedder.embed([crop(image, box) for box in detection.boxes])
         for image, detection in zip((photo, drawn), found, strict=True)
     ]
-    scored = score(faces[0][:1], faces[1], identity.areas(found[1].boxes) / (512 * 512))
+    scored = score(faces[0][:1], faces[1], areas(found[1].boxes) / (512 * 512))
     assert scored.found
     assert 0 < scored.face_size < 0.2
     assert 0.1 < expected < 0.99

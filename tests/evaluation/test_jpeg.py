@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, normalize, resize, to_tensor
 
 from moa.evaluation import speed
-from moa.evaluation.features import Judges
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig, unit
+from moa.evaluation.judges import Judges
 from moa.evaluation.prompt import ClipJudge
 from moa.evaluation.score import reference_features, score_row
 from moa.evaluation.speed import Pictures, SpeedConfig

@@ -12,8 +12,8 @@ from evaluation_fakes import make_rows
 
 from moa.data.records import write_rows
 from moa.evaluation import features, measures, preserved, samples
+from moa.evaluation.boxes import Detection
 from moa.evaluation.features import Features
-from moa.evaluation.identity import Detection
 from moa.evaluation.maps import ROUTER
 from moa.evaluation.measures import Measures
 from moa.evaluation.samples import KEPT

@@ -15,10 +15,12 @@ from torchvision.models import alexnet
 from moa import lockfile
 from moa.data.errors import DataError
 from moa.data.records import read_rows
-from moa.evaluation import context, preserved, score, shared
+from moa.evaluation import context, preserved, samples, shared, swaps
+from moa.evaluation.lpips import LPIPS
 from moa.evaluation.measures import MEASURE
-from moa.evaluation.perceptual import Perceptual, PerceptualConfig, load_perceptual
-from moa.evaluation.tables import kept_context, to_markdown
+from moa.evaluation.perceptual import PerceptualConfig, load_perceptual
+from moa.evaluation.table import to_markdown
+from moa.evaluation.tables import kept_context
 from moa.hashing import file_hash
 
 __all__ = ["results"]  # a fixture
@@ -52,16 +54,16 @@ def test_equal_to_the_package(config, size):
     tensors = [torch.from_numpy(i).permute(2, 0, 1)[None] / 127.5 - 1 for i in (one, two)]
     with torch.inference_mode():
         expected = other(*tensors)[0, 0].numpy()
-    found = Perceptual(config)(one, two)
+    found = LPIPS(config.id, config.heads)(one, two)
     assert expected.max() > 0
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
-    assert Perceptual(config)(one, one).max() == 0
+    assert LPIPS(config.id, config.heads)(one, one).max() == 0
 
 
 def test_only_what_is_outside_counts(config):
     one, two = images(128, 64)
     two[64:] = one[64:]
-    perceptual = Perceptual(config)
+    perceptual = LPIPS(config.id, config.heads)
     upper = np.zeros((128, 64), dtype=bool)
     upper[:64] = True
     everywhere = context.kept(one, two, np.zeros_like(upper), perceptual)
@@ -82,9 +84,9 @@ def test_weights_are_checked(config):
     with pytest.raises(DataError, match=r"alex\.pth has SHA-256 .* put the old file back"):
         load_perceptual(config)
     with pytest.raises(DataError, match="not AlexNet's"):
-        Perceptual(replace(config, heads=str(HEADS.with_name("squeeze.pth"))))
+        LPIPS(config.id, str(HEADS.with_name("squeeze.pth")))
     with pytest.raises(DataError, match="holds no weights of AlexNet"):
-        Perceptual(replace(config, id=str(HEADS)))
+        LPIPS(str(HEADS), config.heads)
 
 
 class Distance:
@@ -96,7 +98,7 @@ class Distance:
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_it_reaches_every_comparison(weights, results, monkeypatch):
-    for module in (score, preserved, shared):
+    for module in (swaps, preserved, shared):
         monkeypatch.setattr(module, "load_perceptual", lambda config: Distance() if weights else None)
 
     def files(*methods: str) -> tuple[list[Path], list[Path]]:
@@ -105,10 +107,10 @@ def test_it_reaches_every_comparison(weights, results, monkeypatch):
         ]
 
     (own, base), (seen, base_seen) = files("moa", "prior")
-    score.compare_swaps([own], [seen], results, results / "kept.parquet")
+    swaps.compare_swaps([own], [seen], results, results / "kept.parquet")
     preserved.compare(own, seen, base, base_seen, results, results / "preserved.parquet")
     shared.compare(*files("moa", "fastcomposer"), results, results / "shared.parquet", [base], [base_seen])
-    kept = read_rows(results / "kept.parquet", score.KEPT)
+    kept = read_rows(results / "kept.parquet", samples.KEPT)
     same = read_rows(results / "preserved.parquet", preserved.PRESERVED)
     both = read_rows(results / "shared.parquet", MEASURE)
     table = kept_context(kept)

@@ -11,8 +11,8 @@ from skimage.data import astronaut
 from moa.data.errors import DataError
 from moa.data.records import SUBJECT, encode_image, write_rows
 from moa.evaluation import features, references, samples
-from moa.evaluation.features import ScoreConfig
 from moa.evaluation.identity import EmbedderConfig
+from moa.evaluation.judges import ScoreConfig
 from moa.hashing import ROOT
 from moa.methods import ModelSource
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from moa.data.errors import DataError
 from moa.data.records import read_rows
-from moa.evaluation import features, samples, score
-from moa.evaluation.features import Judges, ScoreConfig
+from moa.evaluation import features, samples, score, swaps
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig
+from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.samples import KEPT, MADE
 from moa.methods import ModelSource
 
@@ -92,7 +92,7 @@ def test_features_survive_the_file(results, subjects_file):
 
 def test_swaps_are_compared_outside_the_subjects(results, subjects_file):
     run(results, subjects_file)
-    score.compare_swaps(
+    swaps.compare_swaps(
         [results / "samples.parquet"], [results / "features.parquet"], results, results / "kept.parquet"
     )
     kept = read_rows(results / "kept.parquet", KEPT)
@@ -106,7 +106,7 @@ def test_swaps_are_compared_outside_the_subjects(results, subjects_file):
 
 def test_swaps_with_an_image_of_nobody_have_no_value(results, subjects_file):
     run(results, subjects_file)
-    score.compare_swaps(
+    swaps.compare_swaps(
         [results / "samples.parquet"], [results / "features.parquet"], results, results / "kept.parquet"
     )
     kept = read_rows(results / "kept.parquet", KEPT)
@@ -135,10 +135,10 @@ def test_broken_image_is_named(results, subjects_file):
 
 def test_merge_refuses_doubles(results, subjects_file):
     run(results, subjects_file)
-    score.merge([results / "samples.parquet"], results / "all.parquet")
+    samples.merge([results / "samples.parquet"], results / "all.parquet")
     assert (results / "all.parquet").read_bytes() == (results / "samples.parquet").read_bytes()
     with pytest.raises(DataError, match="two rows"):
-        score.merge([results / "samples.parquet"] * 2, results / "all.parquet")
+        samples.merge([results / "samples.parquet"] * 2, results / "all.parquet")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import csv
 import io
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from evaluation_fakes import make_rows
 
 from moa.data.errors import DataError
 from moa.data.records import write_rows
-from moa.evaluation import samples, tables
+from moa.evaluation import costs, samples, tables, trainings
+from moa.evaluation import table as forms
 from moa.evaluation.samples import KEPT
 from moa.evaluation.statistics import interval
+from moa.hashing import ROOT
 
 PUBLISHED = "config/published.yaml"
 
@@ -173,19 +177,19 @@ def test_one_subject_has_means_but_no_intervals(files):
 
 
 def test_reading_forms():
-    table = tables.Table(("method", "x", "x_low", "x_high", "n"), [
+    table = forms.Table(("method", "x", "x_low", "x_high", "n"), [
         {"method": "a_b", "x": 0.5, "x_low": 0.41, "x_high": 0.59, "n": 3}, {"method": "c", "x": 1.0},
     ], ("A note.",))  # fmt: skip
-    assert tables.to_markdown(table).splitlines() == [
+    assert forms.to_markdown(table).splitlines() == [
         "| method | x | n |", "| --- | --- | --- |", "| a_b | 0.500 [0.410, 0.590] | 3 |",
         "| c | 1.000 |  |", "", "A note.",
     ]  # fmt: skip
-    latex = tables.to_latex(table)
+    latex = forms.to_latex(table)
     assert r"a\_b & 0.500 [0.410, 0.590] & 3 \\" in latex
     assert latex.startswith(r"\begin{tabular}{lll}")
-    signs = tables.to_latex(tables.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
+    signs = forms.to_latex(forms.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
     assert r"x $-$ y $>$ 0 $\neq$ 1 $<$ 2 \\" in signs
-    assert tables.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
+    assert forms.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
 
 
 def test_table_3_has_measured_beside_published_and_the_difference(files):
@@ -321,7 +325,8 @@ def test_methods_that_share_their_weights_are_compared_training_by_training(file
         for seed in range(3)
     ]
     found = {
-        (row["metric"], row["method"], row.get("minus")): row for row in tables.trainings(rows, "single").rows
+        (row["metric"], row["method"], row.get("minus")): row
+        for row in trainings.trainings(rows, "single").rows
     }
     gap, own = found["ip", "moa_wrong_subject", "moa"], found["ip", "moa", None]
     assert gap["trainings"] == own["trainings"] == 3
@@ -368,7 +373,7 @@ def test_the_spread_of_the_kept_context_is_over_pairs_of_all_trainings():
     rows[0] |= {"psnr": None, "ssim": None}
     rows[6] |= {"psnr": 99.0}  # of the same pair, with the other seed
     rows += [kept_row("prior", None, *pair, 50.0) for pair in pairs]
-    psnr, ssim = tables.trainings_of_swaps(rows).rows
+    psnr, ssim = trainings.trainings_of_swaps(rows).rows
     assert (psnr["kind"], psnr["metric"], psnr["method"]) == ("swap", "swap_psnr", "moa")
     assert (psnr["trainings"], psnr["value"], psnr["least"], psnr["most"]) == (2, 20.5, 20.0, 21.0)
     assert psnr["sd"] == pytest.approx(0.5**0.5)
@@ -381,7 +386,7 @@ def test_costs_of_several_trainings_are_their_mean(files):
         about["peak_gpu_bytes"] = n * 2**20
         (files / f"train{n}.json").write_text(json.dumps(about))
     training = [f"moa={files / f'train{n}.json'}" for n in range(2)]
-    tables.costs([files / "samples.parquet"], files / "cost.csv", training=training)
+    costs.costs([files / "samples.parquet"], files / "cost.csv", training=training)
     row = next(r for r in read((files / "cost.csv").read_bytes()) if r["method"] == "moa")
     names = "trained_parameters", "train_seconds", "train_peak_mb", "train_peak_gpu_mb"
     assert [row[name] for name in names] == ["7", "70.0000", "3.0000", "1.0000"]
@@ -394,14 +399,14 @@ def test_costs(files):
     for name, peak, gpu in (("a.json", 120.5, 8), ("b.json", 90, 0)):
         spent = {"peak_memory_bytes": peak * 2**20, "peak_gpu_bytes": gpu * 2**20}
         (files / name).write_text(json.dumps(spent))
-    tables.costs(
+    costs.costs(
         [files / "samples.parquet"],
         files / "cost.csv",
         training=[f"moa={files / 'train.json'}"],
         memory=[f"moa={files / 'a.json'}", f"moa={files / 'b.json'}", f"prior={files / 'b.json'}"],
     )
     rows = {r["method"]: r for r in read((files / "cost.csv").read_bytes())}
-    assert list(rows["moa"]) == list(tables.COST)
+    assert list(rows["moa"]) == list(costs.COST)
     assert rows["moa"] == {
         "method": "moa", "images": "24", "seconds_per_image": "0.5000",
         "peak_mb": "120.5000", "peak_gpu_mb": "8.0000", "trained_parameters": "7",
@@ -411,10 +416,10 @@ def test_costs(files):
     assert rows["ceiling"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
     (files / "train.json").write_text("{}")
     with pytest.raises(DataError, match=r"train\.json.*train again"):
-        tables.training_cost(files / "train.json")
+        costs.training_cost(files / "train.json")
     (files / "a.json").write_text("{}")
     with pytest.raises(DataError, match=r"a\.json holds no peaks of memory.*generate again"):
-        tables.generation_memory(files / "a.json")
+        costs.generation_memory(files / "a.json")
 
 
 def test_published_rows_need_their_reference(tmp_path):
@@ -422,3 +427,15 @@ def test_published_rows_need_their_reference(tmp_path):
     with pytest.raises(DataError, match="lacks reference"):
         tables.read_published(tmp_path / "p.yaml")
     assert len([r for r in tables.read_published(PUBLISHED) if "Table 3" in r["reference"]]) == 6
+
+
+def test_what_only_reads_results_starts_without_pytorch():
+    """A second instead of five, for each job that tabulates, measures or draws."""
+    modules = ("evaluation.claims", "evaluation.costs", "evaluation.tables", "evaluation.measures")
+    modules += ("evaluation.swaps", "evaluation.preserved", "evaluation.shared", "figures.grids", "report")
+    imports = "; ".join(f"import moa.{module}" for module in modules)
+    said = subprocess.run(
+        [sys.executable, "-c", f"{imports}; import sys; print('torch' in sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout.strip() == "False"

@@ -15,7 +15,7 @@ from evaluation_fakes import COLORS, make_rows, people
 
 from moa.data.errors import DataError
 from moa.data.records import SUBJECT, encode_image, write_rows
-from moa.evaluation import maps, samples, tables
+from moa.evaluation import maps, samples, table, tables
 from moa.figures import curves, grids, layout, router_maps
 from moa.figures.layout import Column, grid
 
@@ -128,7 +128,7 @@ def test_plots_are_the_same_bytes_again(tmp_path):
     logs = [
         write_log(tmp_path / name / "log.csv", router) for name, router in (("moa", 0.2), ("fastcomposer", 0))
     ]
-    tables.save(tables.quality(make_rows()), tmp_path / "main.csv")
+    table.save(tables.quality(make_rows()), tmp_path / "main.csv")
     saved = maps.SavedMaps(
         np.zeros((1, 8, 8, 3), np.uint8), np.ones((1, 8, 8), bool), [9, 1],
         {"mid_block.attentions.0.transformer_blocks.0.attn2": np.full((1, 2, 4, 4), 0.5, np.float32)},
@@ -146,7 +146,7 @@ def test_plots_are_the_same_bytes_again(tmp_path):
 
 
 def test_one_subject_draws_bars_without_intervals(tmp_path):
-    tables.save(tables.quality([r for r in make_rows() if r["subject"] == "s0"]), tmp_path / "main.csv")
+    table.save(tables.quality([r for r in make_rows() if r["subject"] == "s0"]), tmp_path / "main.csv")
     curves.scores(tmp_path / "main.csv", tmp_path / "scores.png")
     assert Image.open(tmp_path / "scores.png").width > 100
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from moa import __main__ as command_line
 from moa.baselines.fastcomposer import FastComposer, FastComposerMethod, load_fastcomposer
 from moa.convert import export_checkpoint, import_checkpoint, read_checkpoint
-from moa.methods import Request, Sampling, initial_latents
-from moa.sampling import latent_shape, load_image_encoder, load_prior, sampler
+from moa.methods import Request, Sampling
+from moa.sampling import initial_latents, latent_shape, load_image_encoder, load_prior, sampler
 from tests.training import tiny
 
 SAMPLING = Sampling(steps=3, guidance=2.0, alpha=1.0)

@@ -19,13 +19,12 @@ from moa.methods import (
     Sampling,
     Subject,
     build,
-    initial_latents,
     method_names,
     register,
     wrong_subjects,
 )
 from moa.prompts import FuseMLP
-from moa.sampling import load_image_encoder, load_prior
+from moa.sampling import initial_latents, load_image_encoder, load_prior
 from moa.training import fastcomposer, moa
 from tests.training import tiny
 

@@ -18,7 +18,7 @@ import pytest
 from moa import __main__ as command_line
 from moa import gpus, options, stages
 from moa.config import complete
-from moa.evaluation.features import ScoreConfig
+from moa.evaluation.judges import ScoreConfig
 from moa.hashing import ROOT, used_modules
 from moa.stages import STAGES
 
