@@ -139,8 +139,7 @@ def attend(
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0, alpha=scale)
     if mask is not None:
         scores = (scores.unflatten(0, (batch, heads)) + mask).flatten(0, 1)
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    probabilities = scores.softmax(-1, dtype=precise).to(value.dtype)
+    probabilities = scores.softmax(-1).to(value.dtype)  # in single precision inside, whatever the type
     mixed = torch.bmm(probabilities, value).unflatten(0, (batch, heads))
     mixed = mixed.transpose(1, 2).reshape(batch, pixels, width)
     return mixed, probabilities.unflatten(0, (batch, heads))
