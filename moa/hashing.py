@@ -40,14 +40,21 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     return ".".join([*base, *([node.module] if node.module else [])])
 
 
+@cache
+def _import_statements(source: str, filename: str) -> list[ast.Import | ast.ImportFrom]:
+    """All of a source. Parsing takes the time of a hash, and most modules are many stages'."""
+    nodes = ast.walk(ast.parse(source, filename))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def _imports(module: str, file: Path, root: Path) -> Iterator[str]:
     """Modules of the same package that a file imports, anywhere in it, lazily or not."""
     package = module.split(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), filename=str(file))):
+    for node in _import_statements(file.read_text(encoding="utf-8"), str(file)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             source = _absolute(node, module, file.name == "__init__.py")
             for alias in node.names:
                 child = f"{source}.{alias.name}"
