@@ -16,11 +16,11 @@ from moa.data.subjects import read_subjects
 from moa.layers import attention_layers, select_loss_layers
 from moa.losses import masked_loss, object_loss
 from moa.methods import Sampling
-from moa.sampling import load_image_encoder, load_prior
+from moa.sampling import load_prior
 from moa.training import loop
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch
-from moa.training.trainee import FrozenPrior, Trainee, timestep_weights, union
+from moa.training.trainee import FrozenPrior, Trainee, image_encoder, timestep_weights, union
 
 
 class FastComposerTrainee(Trainee):
@@ -30,7 +30,7 @@ class FastComposerTrainee(Trainee):
 
     def __init__(self, config: TrainConfig, device: str) -> None:
         pipe = load_prior(config.prior, device)
-        encoder, processor = load_image_encoder(config.image_encoder, device)
+        encoder, processor = image_encoder(config, device)
         super().__init__(config, FrozenPrior(pipe), processor)
         self.model = FastComposer(pipe.unet, encoder, config.image_encoder_layers).to(device)
         for parameter in self.model.trained().values():

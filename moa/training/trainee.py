@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from moa.conditioner import PromptEncoder
 from moa.losses import snr_weights
 from moa.methods import Method, Sampling
-from moa.sampling import Pipeline, crop_side, latent_shape
+from moa.sampling import Pipeline, crop_side, latent_shape, load_image_encoder
 from moa.training.config import TrainConfig
 from moa.training.dataset import Batch, Records, Sizes
 
@@ -91,6 +91,15 @@ def timestep_weights(prior: FrozenPrior, batch: Batch, gamma: float) -> Tensor:
     """Weight of each sample's masked loss, [B]."""
     scheduler = prior.scheduler
     return snr_weights(scheduler.alphas_cumprod, batch.timesteps, scheduler.config.prediction_type, gamma)
+
+
+def image_encoder(
+    config: TrainConfig, device: str
+) -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+    """The subject encoder, with attention as the U-Net's, and what prepares its images."""
+    encoder, processor = load_image_encoder(config.image_encoder, device)
+    encoder.set_attn_implementation("eager" if config.attention == "explicit" else config.attention)
+    return encoder, processor
 
 
 class Trainee(nn.Module):

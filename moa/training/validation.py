@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from moa.methods import Method, Request, Subject
 from moa.training.dataset import keyed_seed
 
-CAPTION_HEIGHT = 14  # pixels above each column
+LINE, SIDE = 14, 128  # pixels: height of a line of titles, least side of a cell
 
 
 @dataclass
@@ -51,17 +51,20 @@ class ValidationGrid:
             part = slice(r * columns, (r + 1) * columns)
             pairs = zip(self.prior_images[part], made[part], strict=True)
             rows.append([subject.image, *(image for pair in pairs for image in pair)])
-        return grid(rows, ["subject", *(["prior", method.name] * columns)])
+        prompts = [template.replace("{word}", "…") for template in self.prompts]
+        return grid(rows, ["subject", *(["prior", method.name] * columns)], prompts)
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Images of any sizes in equal cells, under the columns' titles."""
-    side = max(image.height for row in rows for image in row[1:])
-    canvas = Image.new("RGB", (side * len(titles), side * len(rows) + CAPTION_HEIGHT), "white")
+def grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], prompts: Sequence[str]) -> Image.Image:
+    """Images of any sizes in equal cells, under the columns' titles; each prompt stands above two columns."""
+    side = max(SIDE, *(image.height for row in rows for image in row[1:]))
+    canvas = Image.new("RGB", (side * len(titles), side * len(rows) + 2 * LINE), "white")
     pen = ImageDraw.Draw(canvas)
+    for number, prompt in enumerate(prompts):
+        pen.text(((1 + 2 * number) * side + 2, 1), prompt, fill="black", font_size=10)
     for column, title in enumerate(titles):
-        pen.text((column * side + 2, 1), title, fill="black", font_size=10)
+        pen.text((column * side + 2, LINE + 1), title, fill="black", font_size=10)
         for row, images in enumerate(rows):
             cell = images[column].convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-            canvas.paste(cell, (column * side, row * side + CAPTION_HEIGHT))
+            canvas.paste(cell, (column * side, row * side + 2 * LINE))
     return canvas
