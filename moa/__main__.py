@@ -139,7 +139,7 @@ def run(arguments: Sequence[str]) -> None:
     name = next(name for name, stage in STAGES.items() if called in (name, stage.alias))
     function, kinds = _function(name)
     parser = parsers[name]
-    parser.add_argument("-h", "--help", action="help")
+    parser.add_argument("-h", "--help", action="help", help="show this text and end")
     parser.description = summary(function)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     configured = [key for key, kind in kinds.items() if is_dataclass(kind)]

@@ -24,12 +24,12 @@ class Table:
 
 
 def cell(value: Any) -> str:
-    """A value as text: four decimals for floats, nothing for None and NaN."""
+    """A value as text: six decimals for floats, nothing for None and NaN."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
 def to_csv(table: Table) -> str:
@@ -43,15 +43,23 @@ def to_csv(table: Table) -> str:
 
 def _pretty(table: Table) -> tuple[list[str], list[list[str]]]:
     """Columns and cells for reading: three decimals, `x_low` and `x_high` folded into x as [low, high]."""
+
+    def short(value: float) -> str:
+        return f"{round(value, 3) + 0.0:.3f}"  # without the sign of a rounded zero
+
     folded = [c for c in table.columns if {f"{c}_low", f"{c}_high"} <= set(table.columns)]
     hidden = {f"{name}_{side}" for name in folded for side in ("low", "high")}
     shown = [name for name in table.columns if name not in hidden]
 
     def text(row: Mapping[str, Any], name: str) -> str:
         value = row.get(name)
-        plain = f"{value:.3f}" if isinstance(value, float) and not math.isnan(value) else cell(value)
-        low, high = (row.get(f"{name}_{side}") if name in folded else None for side in ("low", "high"))
-        return plain if not cell(low) or not cell(high) else f"{plain} [{low:.3f}, {high:.3f}]"
+        plain = short(value) if isinstance(value, float) and not math.isnan(value) else cell(value)
+        ends = [
+            row[f"{name}_{side}"]
+            for side in ("low", "high")
+            if name in folded and cell(row.get(f"{name}_{side}"))
+        ]
+        return f"{plain} [{short(ends[0])}, {short(ends[1])}]" if len(ends) == 2 else plain
 
     return shown, [[text(row, name) for name in shown] for row in table.rows]
 

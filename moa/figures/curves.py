@@ -66,16 +66,19 @@ def training(logs: Sequence[str | Path], output: str | Path) -> None:
         output: PNG file.
     """
     curves = {Path(path).parent.name: read_columns(path, ("step", "loss")) for path in logs}
-    figure = Figure(figsize=(3.4 * len(LOSSES), 2.8), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(LOSSES), 3.0), layout="constrained")
+    drawn: dict[str, Any] = {}
     axes = figure.subplots(1, len(LOSSES))
     for axis, (name, title) in zip(axes, LOSSES.items(), strict=True):
         for method, values in curves.items():
             if name in values and np.isfinite(values[name]).any() and np.any(values[name] != 0):
                 label = TITLES.get(method, method).replace("\n", " ")
-                axis.plot(values["step"], values[name], label=label, color=COLORS.get(method), linewidth=1.4)
+                (drawn[label],) = axis.plot(
+                    values["step"], values[name], color=COLORS.get(method), linewidth=1.4
+                )
         axis.set(title=title, xlabel="step")
-        if axis.lines:
-            axis.legend(fontsize=8)
+    below: Any = {"loc": "outside lower center", "ncols": max(1, len(drawn)), "fontsize": 8}
+    figure.legend(drawn.values(), drawn.keys(), **below)
     save_plot(figure, output)
 
 

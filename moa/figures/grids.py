@@ -51,10 +51,10 @@ class Shelf:
 
 
 def _template(row: Mapping[str, Any]) -> str:
-    """A row's prompt with S in the place of the subject's word; with two subjects, S1 and S2."""
+    """A row's prompt with (subject) in the place of the subject's word; with two subjects, (S1) and (S2)."""
     text, shift = row["prompt"], 0
     for number, (start, end) in enumerate(row["spans"], start=1):
-        mark = "S" if len(row["spans"]) == 1 else f"S{number}"
+        mark = "(subject)" if len(row["spans"]) == 1 else f"(S{number})"
         text = text[: start + shift] + mark + text[end + shift :]
         shift += len(mark) - (end - start)
     return text

@@ -27,8 +27,11 @@ class Column:
     images: Sequence[Image.Image | None] = ()  # None leaves a grey cell
 
 
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # as in the plots
+
+
 def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(str(FONT), size)
 
 
 def wrap(text: str, font: Any, width: int) -> list[str]:

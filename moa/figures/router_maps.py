@@ -53,8 +53,10 @@ def _block(axes: Any, saved: SavedMaps, image: int, steps: Sequence[int], layers
         for spine in axis.spines.values():
             spine.set_visible(False)
     axes[0, 0].imshow(saved.images[image])
+    axes[0, 0].set_title("image", fontsize=7)
     if len(layers) > 1:
         axes[1, 0].imshow(saved.masks[image], cmap="gray", vmin=0, vmax=1)
+        axes[1, 0].set_xlabel("subject's mask", fontsize=7)
     for row, layer in enumerate(layers):
         for column, step in enumerate(steps, start=1):
             shown = axes[row, column].imshow(saved.maps[layer][image, step], cmap="RdBu", vmin=0, vmax=1)

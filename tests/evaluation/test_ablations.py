@@ -57,10 +57,10 @@ def test_the_reference_comes_first_and_the_others_are_paired_with_it(table, tmp_
     reference, ablated = table["default"], table["no-moa-layer"]
     assert (reference["ip_difference"], reference["trained"], reference["changes"]) == ("", "no", "")
     assert (ablated["trained"], ablated["changes"]) == ("yes", "train.router=none")
-    assert [ablated[f"ip_difference{side}"] for side in ("", "_low", "_high")] == ["-0.1000"] * 3
+    assert [ablated[f"ip_difference{side}"] for side in ("", "_low", "_high")] == ["-0.100000"] * 3
     assert float(ablated["ip"]) == pytest.approx(float(reference["ip"]) - 0.1, abs=1e-4)
-    assert (reference["seed_ssim"], ablated["seed_ssim"]) == ("0.5000", "0.1000")
-    assert (table["null-prior"]["trained"], table["null-prior"]["ip_difference"]) == ("no", "0.0000")
+    assert (reference["seed_ssim"], ablated["seed_ssim"]) == ("0.500000", "0.100000")
+    assert (table["null-prior"]["trained"], table["null-prior"]["ip_difference"]) == ("no", "0.000000")
     assert "multi_ip" not in reference  # no such images
     assert "| default |" in (tmp_path / "ablations.md").read_text()
     assert "no-moa-layer &" in (tmp_path / "ablations.tex").read_text()

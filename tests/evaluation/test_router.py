@@ -160,23 +160,23 @@ def test_summary_is_over_loss_layers_and_all_timesteps(tmp_path):
         lines[0] == "layers,timesteps,region,images,left_out,prior_weight,prior_weight_low,prior_weight_high"
     )
     assert [line.split(",")[:6] for line in lines[1:7]] == [
-        ["L", "free", "outside", "4", "0", "0.8850"],
-        ["L", "free", "inside", "4", "0", "0.4700"],
-        ["L", "free", "outside - inside", "4", "0", "0.4150"],
-        ["L", "all", "outside", "4", "0", "0.9425"],  # two of four steps: (.885 + 1) / 2
-        ["L", "all", "inside", "4", "0", "0.7350"],
-        ["L", "all", "outside - inside", "4", "0", "0.2075"],
+        ["L", "free", "outside", "4", "0", "0.885000"],
+        ["L", "free", "inside", "4", "0", "0.470000"],
+        ["L", "free", "outside - inside", "4", "0", "0.415000"],
+        ["L", "all", "outside", "4", "0", "0.942500"],  # two of four steps: (.885 + 1) / 2
+        ["L", "all", "inside", "4", "0", "0.735000"],
+        ["L", "all", "outside - inside", "4", "0", "0.207500"],
     ]
     assert len(lines) == 1 + 3 * 4
     by_timestep = (tmp_path / "timesteps.csv").read_text().splitlines()
     assert by_timestep[0] == lines[0].replace("timesteps", "timestep")
     assert [line.split(",")[:6] for line in by_timestep[1:7]] == [
-        ["L", "900", "outside", "4", "0", "0.8850"],
-        ["L", "900", "inside", "4", "0", "0.5700"],
-        ["L", "900", "outside - inside", "4", "0", "0.3150"],
-        ["L", "0", "outside", "4", "0", "0.8850"],
-        ["L", "0", "inside", "4", "0", "0.3700"],
-        ["L", "0", "outside - inside", "4", "0", "0.5150"],
+        ["L", "900", "outside", "4", "0", "0.885000"],
+        ["L", "900", "inside", "4", "0", "0.570000"],
+        ["L", "900", "outside - inside", "4", "0", "0.315000"],
+        ["L", "0", "outside", "4", "0", "0.885000"],
+        ["L", "0", "inside", "4", "0", "0.370000"],
+        ["L", "0", "outside - inside", "4", "0", "0.515000"],
     ]
     assert len(by_timestep) == 1 + 3 * 3 * 2
 

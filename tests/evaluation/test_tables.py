@@ -68,11 +68,11 @@ def test_main_table_has_the_promised_columns_and_rows(files):
     assert {r["source"] for r in rows} == {"measured", "published"}
     own = next(r for r in rows if r["method"] == "moa")
     scores = [r["ip"] for r in make_rows() if r["method"] == "moa"]
-    assert own["ip"] == f"{np.mean(scores):.4f}"
+    assert own["ip"] == f"{np.mean(scores):.6f}"
     assert float(own["ip_low"]) < float(own["ip"]) < float(own["ip_high"])
-    assert (own["images"], own["found"]) == ("12", "0.8333")
+    assert (own["images"], own["found"]) == ("12", "0.833333")
     paper = next(r for r in rows if r["method"] == "MoA")
-    assert (paper["ip"], paper["pc"], paper["ip_low"], paper["images"]) == ("0.5550", "0.2020", "", "")
+    assert (paper["ip"], paper["pc"], paper["ip_low"], paper["images"]) == ("0.555000", "0.202000", "", "")
 
 
 def test_tables_are_the_same_bytes_whatever_the_order(files):
@@ -100,9 +100,9 @@ def test_differences_are_paired_and_progress_is_a_share(files):
         r for r in read(made["differences.csv"])
         if (r["kind"], r["metric"], r["method"], r["minus"]) == ("single", "ip", "moa", "prior")
     )  # fmt: skip
-    assert (row["difference"], row["difference_low"], row["difference_high"]) == ("0.3000",) * 3
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == ("0.300000",) * 3
     way = next(r for r in read(made["progress.csv"]) if (r["kind"], r["method"]) == ("single", "moa"))
-    assert (way["way"], way["way_low"]) == ("0.5000", "0.5000")
+    assert (way["way"], way["way_low"]) == ("0.500000", "0.500000")
 
 
 def test_methods_with_other_requests_are_not_compared(files):
@@ -121,7 +121,7 @@ def test_context_table_counts_what_was_left_out(files):
         ("fastcomposer", "moa"),
     ]
     assert (moa["pairs"], moa["left_out"], other["pairs"], other["left_out"]) == ("6", "0", "5", "1")
-    assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.0000", "-5.0000")
+    assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.000000", "-5.000000")
 
 
 def test_context_table_is_of_swaps_alone(files):
@@ -189,7 +189,7 @@ def test_reading_forms():
     assert latex.startswith(r"\begin{tabular}{lll}")
     signs = forms.to_latex(forms.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
     assert r"x $-$ y $>$ 0 $\neq$ 1 $<$ 2 \\" in signs
-    assert forms.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.5000,0.4100,0.5900,3\nc,1.0000,,,\n"
+    assert forms.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.500000,0.410000,0.590000,3\nc,1.000000,,,\n"
 
 
 def test_table_3_has_measured_beside_published_and_the_difference(files):
@@ -200,17 +200,17 @@ def test_table_3_has_measured_beside_published_and_the_difference(files):
     assert set(made) >= {"table3.md", "table3.tex"}
     moa, paper = (next(r for r in table if r["published_as"].startswith(name)) for name in ("MoA:", "ELITE:"))
     main = next(r for r in read(made["main.csv"]) if r["method"] == "moa")
-    assert (moa["method"], moa["ip"], moa["ip_published"]) == ("moa", main["ip"], "0.5550")
+    assert (moa["method"], moa["ip"], moa["ip_published"]) == ("moa", main["ip"], "0.555000")
     for side in ("", "_low", "_high"):
         assert float(moa[f"ip_difference{side}"]) == pytest.approx(float(main[f"ip{side}"]) - 0.555, abs=2e-4)
     assert (paper["method"], paper["ip"], paper["ip_published"], paper["pc_difference"]) == (
-        "", "", "0.2280", "",
+        "", "", "0.228000", "",
     )  # fmt: skip
     own = [r for r in table if r["method"] == "fastcomposer"]
-    assert [r["pc_published"] for r in own] == ["0.2430", "0.2290"]
+    assert [r["pc_published"] for r in own] == ["0.243000", "0.229000"]
     (gap,) = [r for r in table if "−" in r["method"]]  # of the one reference that has both
-    assert (gap["method"], gap["ip_published"]) == ("moa − fastcomposer", "0.0410")
-    assert (gap["ip"], gap["ip_low"], gap["ip_difference"]) == ("0.3000", "0.3000", "0.2590")
+    assert (gap["method"], gap["ip_published"]) == ("moa − fastcomposer", "0.041000")
+    assert (gap["ip"], gap["ip_low"], gap["ip_difference"]) == ("0.300000", "0.300000", "0.259000")
 
 
 def test_published_rows_are_those_of_the_papers_table_3(files):
@@ -256,7 +256,7 @@ def test_whom_a_method_was_shown_belongs_to_its_intervals(files):
         (gap, "difference", less, wrong),
     ):
         expected = interval(value, [r["members"] for r in part])
-        assert (row[f"{name}_low"], row[f"{name}_high"]) == (f"{expected.low:.4f}", f"{expected.high:.4f}")
+        assert (row[f"{name}_low"], row[f"{name}_high"]) == (f"{expected.low:.6f}", f"{expected.high:.6f}")
 
 
 def test_whom_either_method_was_shown_belongs_to_the_difference_of_swaps():
@@ -301,8 +301,8 @@ def test_the_spread_over_trainings_is_shown_apart(files):
     means = [
         np.mean([r["ip"] for r in rows if (r["method"], r["train_seed"]) == ("moa", s)]) for s in range(3)
     ]
-    assert (moa["trainings"], moa["least"], moa["most"]) == ("3", f"{means[0]:.4f}", f"{means[2]:.4f}")
-    assert (moa["value"], moa["sd"]) == (f"{means[1]:.4f}", "0.0400")
+    assert (moa["trainings"], moa["least"], moa["most"]) == ("3", f"{means[0]:.6f}", f"{means[2]:.6f}")
+    assert (moa["value"], moa["sd"]) == (f"{means[1]:.6f}", "0.040000")
     main = next(r for r in read(made["main.csv"]) if r["method"] == "moa")
     assert [moa[f"value{s}"] for s in ("", "_low", "_high")] == [
         main[f"ip{s}"] for s in ("", "_low", "_high")
@@ -313,7 +313,7 @@ def test_the_spread_over_trainings_is_shown_apart(files):
     assert (gap["trainings"], gap["value_low"]) == ("6", gap["value"])
     assert (float(gap["least"]), float(gap["most"])) == pytest.approx((mean - 0.06, mean + 0.06), abs=2e-4)
     assert float(gap["sd"]) == pytest.approx(np.sqrt(0.04**2 + 0.04**2 / 2), abs=1e-4)
-    assert table["pc", "moa", ""]["sd"] == "0.0000"
+    assert table["pc", "moa", ""]["sd"] == "0.000000"
     assert "seeds.csv" not in run_single_training(files)
 
 
@@ -389,7 +389,7 @@ def test_costs_of_several_trainings_are_their_mean(files):
     costs.costs([files / "samples.parquet"], files / "cost.csv", training=training)
     row = next(r for r in read((files / "cost.csv").read_bytes()) if r["method"] == "moa")
     names = "trained_parameters", "train_seconds", "train_peak_mb", "train_peak_gpu_mb"
-    assert [row[name] for name in names] == ["7", "70.0000", "3.0000", "1.0000"]
+    assert [row[name] for name in names] == ["7", "70.000000", "3.000000", "1.000000"]
     assert "| moa |" in (files / "cost.md").read_text() and "moa &" in (files / "cost.tex").read_text()
 
 
@@ -408,11 +408,11 @@ def test_costs(files):
     rows = {r["method"]: r for r in read((files / "cost.csv").read_bytes())}
     assert list(rows["moa"]) == list(costs.COST)
     assert rows["moa"] == {
-        "method": "moa", "images": "24", "seconds_per_image": "0.5000",
-        "peak_mb": "120.5000", "peak_gpu_mb": "8.0000", "trained_parameters": "7",
-        "train_seconds": "60.5000", "train_peak_mb": "3.0000", "train_peak_gpu_mb": "",
+        "method": "moa", "images": "24", "seconds_per_image": "0.500000",
+        "peak_mb": "120.500000", "peak_gpu_mb": "8.000000", "trained_parameters": "7",
+        "train_seconds": "60.500000", "train_peak_mb": "3.000000", "train_peak_gpu_mb": "",
     }  # fmt: skip
-    assert (rows["prior"]["peak_mb"], rows["prior"]["peak_gpu_mb"]) == ("90.0000", "")  # on a CPU
+    assert (rows["prior"]["peak_mb"], rows["prior"]["peak_gpu_mb"]) == ("90.000000", "")  # on a CPU
     assert rows["ceiling"]["peak_mb"] == rows["prior"]["train_seconds"] == ""
     (files / "train.json").write_text("{}")
     with pytest.raises(DataError, match=r"train\.json.*train again"):

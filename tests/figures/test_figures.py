@@ -94,8 +94,8 @@ def test_pairs_show_both_photos(results):
 
 def test_prompts_are_shown_with_the_subject_marked():
     row = {"prompt": "a woman and a man wave", "spans": [[2, 7], [14, 17]]}
-    assert grids._template(row) == "a S1 and a S2 wave"
-    assert grids._template({"prompt": "a man waves", "spans": [[2, 5]]}) == "a S waves"
+    assert grids._template(row) == "a (S1) and a (S2) wave"
+    assert grids._template({"prompt": "a man waves", "spans": [[2, 5]]}) == "a (subject) waves"
 
 
 def test_missing_samples_are_named(results):
