@@ -106,6 +106,11 @@ def heavy(records: list, folder, count: int) -> list:
     return paths
 
 
+POOLS: list[
+    pa.MemoryPool
+] = []  # never freed: Arrow goes on using the one in which it first opened a file
+
+
 @pytest.fixture
 def peak():
     """The most bytes that Python and Arrow held while something was done."""
@@ -113,6 +118,7 @@ def peak():
     def measured(do) -> int:
         default = pa.default_memory_pool()
         pool = pa.proxy_memory_pool(default)
+        POOLS.append(pool)
         pa.set_memory_pool(pool)
         tracemalloc.start()
         try:
