@@ -69,7 +69,7 @@ def test_a_row_a_threshold_with_the_dense_run_first(tmp_path, subjects_file, mon
     sparse.run(config(thresholds=(0.1, 0.3)), [tmp_path / "requests.parquet"], *arguments)
     dense, whole, none = csv.DictReader((tmp_path / "sparse.csv").open())
     assert [float(row["threshold"]) for row in (dense, whole, none)] == [0, 0.1, 0.3]
-    assert (dense["psnr"], dense["time_ratio"], dense["cpu_ratio"]) == ("", "1.0000", "1.0000")
+    assert (dense["psnr"], dense["time_ratio"], dense["cpu_ratio"]) == ("", "1.000000", "1.000000")
     assert [float(row["active"]) for row in (dense, whole, none)] == [1, 1, 0]
     assert float(whole["psnr"]) > float(none["psnr"]) > 0
     assert {row["images"] for row in (dense, whole, none)} == {"3"}
