@@ -106,9 +106,7 @@ def heavy(records: list, folder, count: int) -> list:
     return paths
 
 
-POOLS: list[
-    pa.MemoryPool
-] = []  # never freed: Arrow goes on using the one in which it first opened a file
+POOLS: list[pa.MemoryPool] = []  # never freed: Arrow goes on using the one in which it first opened a file
 
 
 @pytest.fixture
