@@ -42,7 +42,7 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 
 @cache
 def _import_statements(source: str, filename: str) -> list[ast.Import | ast.ImportFrom]:
-    """All of a source. Parsing takes the time of a hash, and most modules are many stages'."""
+    """The imports of a source, anywhere in it. Parsing is most of the work; stages share modules."""
     nodes = ast.walk(ast.parse(source, filename))
     return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 

@@ -439,3 +439,9 @@ def test_what_only_reads_results_starts_without_pytorch():
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert said.stdout.strip() == "False"
+
+
+def test_a_rounded_zero_has_no_sign():
+    row = {"x": -0.0002, "x_low": -0.0482, "x_high": -0.0001}
+    shown = forms.to_markdown(forms.Table(("x", "x_low", "x_high"), [row])).splitlines()
+    assert shown[-1] == "| 0.000 [-0.048, 0.000] |"

@@ -105,6 +105,10 @@ def test_a_check_that_fails_later_keeps_its_mark_and_fails_again(snakemake: Run,
         assert done.returncode == 1, done.stdout + done.stderr
         assert (project / "results/paper/models.checked").is_file()
         assert not (project / "results/paper/models.passed").exists()
+    for name in LPIPS.values():
+        (project / name).unlink()
+    done = snakemake("lock_models", "--cores", "1", config=PAPER)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_missing_file_is_fetched_or_asked_for(

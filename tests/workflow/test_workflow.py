@@ -324,13 +324,14 @@ PROTOCOL = {
         "subjects": 4,
         "kinds": {
             "single": {"images": 3, "prompts": {"x": ["a {S} in a red hat", "a {S} in blue"]}},
+            "swap": {"images": 1, "seed": "prompt", "prompts": {"x": ["a {S} in blue"]}},
         },
     },
 }
 SETTINGS = {
     "output": "results/tiny",
     "protocol": "protocol.yaml",
-    "methods": {"moa": ["single"]} | {name: [] for name in EVERY if name != "moa"},
+    "methods": {"moa": ["single", "swap"]} | {name: [] for name in EVERY if name != "moa"},
     "render": {"train": 12, "validation": 6, "shard_size": 6, "subjects_validation": 1, "subjects_test": 4},
     "train": {"moa": {"steps": 30, "batch_size": 4, "checkpoint_every": 5, "validate_every": 0}},
     "generate": {"sampling": {"steps": 6, "batch_size": 2}},
@@ -397,11 +398,11 @@ def test_the_same_command_goes_on_after_a_kill(
     (weights, images), (expected_weights, expected_images) = results(project), results(unbroken)
     assert weights
     assert weights == expected_weights
-    assert len(images) == 4 * 2 * 3
+    assert len(images) == 4 * 2 * 3 + 4
     assert images.keys() == expected_images.keys()
     assert all(np.array_equal(images[name], expected_images[name]) for name in images)
     assert b"moa,measured,24," in tables(project)["main.csv"]
-    assert tables(project).keys() >= {"main.md", "main.tex", "table3.csv", "groups.csv"}
+    assert tables(project).keys() >= {"main.md", "main.tex", "context.csv", "groups.csv"}
     assert tables(project) == tables(unbroken)
 
     again = start(project, TABLE)
