@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,6 @@ from PIL import Image
 
 from moa.config import merge
 from moa.hashing import ROOT, file_hash
-from tests.training import tiny
 from tests.workflow.conftest import Run, start
 
 pytestmark = pytest.mark.slow
@@ -332,20 +332,19 @@ SETTINGS = {
     "output": "results/tiny",
     "protocol": "protocol.yaml",
     "methods": {"moa": ["single", "swap"]} | {name: [] for name in EVERY if name != "moa"},
-    "render": {"train": 12, "validation": 6, "shard_size": 6, "subjects_validation": 1, "subjects_test": 4},
+    "render": {"train": 12, "validation": 6, "shard_size": 12, "subjects_validation": 1, "subjects_test": 4},
     "train": {"moa": {"steps": 30, "batch_size": 4, "checkpoint_every": 5, "validate_every": 0}},
     "generate": {"sampling": {"steps": 6, "batch_size": 2}},
 }
+RECORDS = "results/tiny/data/records/train-000.parquet"
 TRAINED, TABLE = "results/tiny/train/moa", "results/tiny/tables/main.csv"
 
 
 def prepare(project: Path) -> None:
-    """Records, so that none have to be annotated, and a configuration that uses them."""
-    records = project / "results/tiny/data/records"
-    records.mkdir(parents=True)
-    tiny.save_records(records)
+    """The configuration, and records to train on."""
     (project / "protocol.yaml").write_text(yaml.safe_dump(PROTOCOL))
     (project / "changes.yaml").write_text(yaml.safe_dump(SETTINGS))
+    finish(project, RECORDS)
 
 
 def kill_when(project: Path, pattern: str, count: int, seconds: float = 900) -> None:
@@ -359,8 +358,8 @@ def kill_when(project: Path, pattern: str, count: int, seconds: float = 900) -> 
     run.wait()
 
 
-def finish(project: Path) -> None:
-    run = start(project, TABLE)
+def finish(project: Path, target: str = TABLE) -> None:
+    run = start(project, target)
     assert run.wait(timeout=900) == 0, (project / "snakemake.log").read_text()
 
 
@@ -382,11 +381,9 @@ def results(project: Path) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
 def test_the_same_command_goes_on_after_a_kill(
     project: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    unbroken = tmp_path_factory.mktemp("unbroken")
-    for link in project.iterdir():
-        (unbroken / link.name).symlink_to(ROOT / link.name)
-    for folder in (project, unbroken):
-        prepare(folder)
+    prepare(project)
+    unbroken = tmp_path_factory.mktemp("unbroken") / "project"
+    shutil.copytree(project, unbroken, symlinks=True)
     finish(unbroken)
 
     kill_when(project, ".checkpoints/*/step-*", 2)
