@@ -17,9 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fnmatch import fnmatch
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from moa import versions
 from moa.files import write_atomically
-
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "snakemake", "numpy", "pandas", "pyarrow")
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ CAPTIONS = {  # pattern of files: what is said once, above the first of them
     "from picture to picture: what changes from one picture to the next was learned in between.",
 }
 PLURAL = {"holds": "hold", "does not hold": "do not hold", "undecided": "are undecided"}  # of verdicts
-LONG = 40  # rows; tables with more are folded away
+LONG = 30  # rows; tables with more are folded away
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?|-?inf|nan")
 READABLE = re.compile(
     r"[-−]?\d[\d,]*(\.\d+)?(e[+-]?\d+|%)?( \[.*\])?|-?inf|nan"
@@ -191,7 +190,7 @@ def table_html(path: Path) -> str:
     """A CSV file as an HTML table; a long one is folded away."""
     rows = read_table(path)
     table = columns_html(list(columns(rows)))
-    if len(rows) <= LONG:
+    if len(rows) - 1 <= LONG:
         return table
     return f"<details><summary>{len(rows) - 1} rows</summary>{table}</details>"
 
@@ -320,14 +319,6 @@ def section(results: Path, part: Section, shown: Sequence[Path]) -> dict[str, An
     return {"title": part.title, "counts": counts, "text": part.text, "parts": parts}
 
 
-def installed(package: str) -> str | None:
-    """A package's version; None where it is not installed, as Snakemake is not inside a conda environment."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def run(results: Path, config: str, output: Path, shown: Sequence[Path] = ()) -> None:
     """Write the report.
 
@@ -339,11 +330,7 @@ def run(results: Path, config: str, output: Path, shown: Sequence[Path] = ()) ->
             default everything that is there.
     """
     settings = json.loads(config)
-    versions: list[tuple[str, str]] = [
-        ("Python", platform.python_version()),
-        ("platform", platform.platform()),
-    ]
-    versions += [(name, found) for name in PACKAGES if (found := installed(name))]
+    machine = {"Python": platform.python_version(), "platform": platform.platform()}
     notebooks = sorted((results / "notebooks").glob("*.ipynb"))
     notebooks = [path for path in notebooks if _is_shown(path, shown)]
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
@@ -354,6 +341,9 @@ def run(results: Path, config: str, output: Path, shown: Sequence[Path] = ()) ->
         sections=[entry for part in SECTIONS if (entry := section(results, part, shown))],
         notebook=notebooks[0].relative_to(results).as_posix() if notebooks else "",
         config=json.dumps(settings, indent=1),
-        versions=versions,
+        versions=machine | versions.packages(),
+        date=datetime.now(UTC).date().isoformat(),
+        commit=versions.commit() or "",
+        changed=len(versions.changed()),
     )
     write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))

@@ -12,16 +12,14 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from moa import versions
 from moa.files import write_atomically
-from moa.hashing import ROOT, file_hash
-from moa.report import PACKAGES, installed
+from moa.hashing import file_hash
 
 FOLDERS = ("tables", "figures", "scores", "router", "ablations")  # of what is shipped; replaced there
-SOURCES = ("Snakefile", "workflow", "config", "moa", "notebooks")  # what results depend on
 
 
 def provenance(results: Path, files: Sequence[Path], config: str, command: str, output: Path) -> None:
@@ -40,29 +38,18 @@ def provenance(results: Path, files: Sequence[Path], config: str, command: str, 
     """
     about = {
         "command": command,
-        "commit": git("rev-parse", "HEAD"),
-        "changed": (git("status", "--porcelain", "--", *SOURCES) or "").splitlines(),
+        "commit": versions.commit(),
+        "changed": versions.changed(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "packages": {name: found for name in PACKAGES if (found := installed(name))},
+        "packages": versions.packages(),
         "seconds": seconds_of_jobs(results / "benchmarks"),
         "files": {path.relative_to(results).as_posix(): file_hash(path) for path in sorted(files)},
         "config": json.loads(config),
     }
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     write_atomically(output, lambda part: part.write_text(text, encoding="utf-8"))
-
-
-def git(*arguments: str) -> str | None:
-    """What git says of the sources; None if they are in no repository, or there is no git."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.rstrip("\n")
 
 
 def seconds_of_jobs(benchmarks: Path) -> dict[str, float]:

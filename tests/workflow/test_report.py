@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moa import report
+from moa import report, versions
 
 
 @pytest.fixture
@@ -46,6 +46,25 @@ def test_everything_is_in_one_file(results: Path) -> None:
     assert "<i>" not in page
     assert '<td class="text">&gt; 0</td><td class="text">does not hold</td>' in page
     assert 'src="http' not in page
+
+
+@pytest.mark.parametrize(
+    ("commit", "changed", "said"),
+    [
+        ("0123456789abcdef", [], "<code>0123456789ab</code>. The rows"),
+        ("0123456789abcdef", [" M moa/x.py"], "<code>0123456789ab</code> and 1 changed file. The rows"),
+        (None, [], "<code>snakemake --cores all</code>. The rows"),
+    ],
+)
+def test_the_page_says_when_and_of_which_sources_it_is(
+    results: Path, monkeypatch: pytest.MonkeyPatch, commit: str | None, changed: list[str], said: str
+) -> None:
+    monkeypatch.setattr(versions, "commit", lambda: commit)
+    monkeypatch.setattr(versions, "changed", lambda: changed)
+    report.run(results, json.dumps({"preset": "tiny"}), results / "report.html")
+    page = (results / "report.html").read_text()
+    assert re.search(r"<p>Written on \d{4}-\d\d-\d\d by", page)
+    assert said in page
 
 
 def test_sections_without_files_are_left_out(results: Path) -> None:
@@ -107,10 +126,10 @@ def test_limits_stand_behind_their_number(tmp_path: Path) -> None:
 
 
 def test_long_tables_are_folded_away(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("n\n" + "1\n" * 5)
+    (tmp_path / "t.csv").write_text("n\n" + "1\n" * 30)
     assert "<details>" not in report.table_html(tmp_path / "t.csv")
-    (tmp_path / "t.csv").write_text("n\n" + "1\n" * 41)
-    assert report.table_html(tmp_path / "t.csv").startswith("<details><summary>41 rows</summary>")
+    (tmp_path / "t.csv").write_text("n\n" + "1\n" * 31)
+    assert report.table_html(tmp_path / "t.csv").startswith("<details><summary>31 rows</summary>")
 
 
 def test_claims_are_counted_in_the_heading(results: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moa import shipping
+from moa import shipping, versions
 
 
 @pytest.fixture
@@ -77,6 +77,6 @@ def test_provenance_names_command_commit_and_time(run: Path) -> None:
     write_provenance(run)
     about = json.loads((run / "made.json").read_text())
     assert (about["command"], about["config"]) == ("snakemake full", {"preset": "x"})
-    assert about["commit"] == shipping.git("rev-parse", "HEAD")
+    assert about["commit"] == versions.commit()
     assert about["seconds"] == {"claims": 1.5, "score": 3.7, "total": 5.2}
     assert "torch" in about["packages"]
