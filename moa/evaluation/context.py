@@ -36,9 +36,10 @@ class Kept:
 
 def dilate(mask: Mask, fraction: float) -> Mask:
     """A mask [H, W] grown on all sides by `fraction` of the image's longer side, at least one pixel."""
+    if not mask.any():
+        return mask.copy()  # there is nothing to be far from
     radius = max(1, round(fraction * max(mask.shape)))
-    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    return ndimage.binary_dilation(mask, structure=x**2 + y**2 <= radius**2)
+    return np.asarray(ndimage.distance_transform_edt(~mask) <= radius)
 
 
 def psnr(one: Pixels, other: Pixels, where: Mask) -> float:
@@ -47,21 +48,27 @@ def psnr(one: Pixels, other: Pixels, where: Mask) -> float:
     return 10 * math.log10(255**2 / max(float(np.mean(error**2)), ROUNDING))
 
 
-def ssim_map(one: Pixels, other: Pixels) -> NDArray[np.float64]:
-    """Structural similarity [H, W] of two [H, W, 3] images, mean over colours (Wang et al. 2004).
+def ssim(one: Pixels, other: Pixels, where: Mask) -> float:
+    """Structural similarity, -1..1, of two [H, W, 3] images over the true pixels of [H, W].
 
-    Gaussian window of sigma 1.5 cut at 3.5 sigma, K1 = 0.01, K2 = 0.03, population variances.
+    Wang et al. 2004: Gaussian window of sigma 1.5 cut at 3.5 sigma, K1 = 0.01, K2 = 0.03, population
+    variances; mean over colours. A window's weights are those of its true pixels, so that nothing else has a
+    part in it.
     """
     x, y = one.astype(float), other.astype(float)
+    inside = where[..., None].astype(float)
+
+    def window(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ndimage.gaussian_filter(values, sigma=(1.5, 1.5, 0), truncate=3.5)[where]
 
     def blur(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return ndimage.gaussian_filter(values, sigma=(1.5, 1.5, 0), truncate=3.5)
+        return window(values * inside) / window(inside)
 
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     similarity = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    return similarity.mean(axis=2)
+    return float(similarity.mean())
 
 
 def kept(one: Pixels, other: Pixels, subjects: Mask, lpips: Distance | None = None) -> Kept | None:
@@ -69,9 +76,8 @@ def kept(one: Pixels, other: Pixels, subjects: Mask, lpips: Distance | None = No
     outside = ~subjects
     if outside.mean() < LEAST_OUTSIDE:
         return None
-    similarity = float(ssim_map(one, other)[outside].mean())
     distance = None if lpips is None else float(lpips(one, other)[outside].mean())
-    return Kept(psnr(one, other, outside), similarity, distance, float(outside.mean()))
+    return Kept(psnr(one, other, outside), ssim(one, other, outside), distance, float(outside.mean()))
 
 
 def swaps(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moa.data.records import decode_mask, encode_mask, read_rows, write_rows
+from moa.data.records import decode_mask, each_row, encode_mask, write_rows
 from moa.evaluation.boxes import Detection, areas
 
 Floats = NDArray[np.float64]
@@ -44,13 +44,23 @@ class Features:
     identity: Floats  # [N, D]
     color: Floats  # [N, 48]
     clip: Floats  # [D]
-    persons: NDArray[np.bool_]  # [H, W]
+    mask: bytes  # PNG, 1 where a person is: of tens of thousands of images, masks would take gigabytes
     sha256: str = ""
+
+    @property
+    def persons(self) -> NDArray[np.bool_]:
+        """[H, W], true where a person is; decoded anew each time."""
+        return decode_mask(self.mask) > 0
 
     @property
     def face_sizes(self) -> Floats:
         """[N] areas of the boxes as fractions of the image's."""
         return areas(self.detection.boxes) / (self.size[0] * self.size[1])
+
+
+def encode_persons(persons: NDArray[np.bool_]) -> bytes:
+    """A mask [H, W] as `Features` keep it."""
+    return encode_mask(persons.astype(np.uint8))
 
 
 def write(path: str | Path, features: Mapping[str, Features]) -> None:
@@ -70,13 +80,14 @@ def _rows(features: Mapping[str, Features]) -> Iterator[dict[str, Any]]:
             "identity": f.identity.tolist(),
             "color": f.color.tolist(),
             "clip": f.clip.tolist(),
-            "persons": encode_mask(f.persons.astype(np.uint8)),
+            "persons": f.mask,
         }
 
 
 def read(paths: str | Path | Sequence[str | Path]) -> dict[str, Features]:
     """Features by path. Raises DataError naming a missing, cut or foreign file."""
-    return {row["path"]: _features(row) for row in read_rows(paths, FEATURES)}
+    files = [paths] if isinstance(paths, str | Path) else paths
+    return {row["path"]: _features(row) for row in each_row(files, FEATURES)}
 
 
 def _vectors(rows: list[list[float]]) -> Floats:
@@ -92,6 +103,6 @@ def _features(row: Mapping[str, Any]) -> Features:
         identity=_vectors(row["identity"]),
         color=_vectors(row["color"]),
         clip=np.array(row["clip"], dtype=float),
-        persons=decode_mask(row["persons"]) > 0,
+        mask=row["persons"],
         sha256=row["sha256"],
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moa.evaluation import samples
 from moa.evaluation.boxes import crop
-from moa.evaluation.features import Features
+from moa.evaluation.features import Features, encode_persons
 from moa.evaluation.identity import (
     ColorEmbedder,
     Detector,
@@ -85,7 +85,7 @@ class Judges:
         color = np.split(self.color.embed(crops), counts)
         clip = self.clip.image_features(images)
         return [
-            Features(image.size, found[n], identity[n], color[n], clip[n], persons[n].union)
+            Features(image.size, found[n], identity[n], color[n], clip[n], encode_persons(persons[n].union))
             for n, image in enumerate(images)
         ]
 

@@ -134,13 +134,15 @@ def measure_row(row: Mapping[str, Any], metric: str, value: float | None, **chan
 
 
 def of_samples(rows: Rows) -> Iterator[Row]:
-    """ip, pc, missing and size of each image; size only where everyone was found."""
+    """ip, pc, missing, found_ip and size of each image; the last two only where everyone was found."""
     for row in rows:
         yield from measure_row(row, "ip", row["ip"])
         yield from measure_row(row, "pc", row["pc"])
         wanted = len(row["subjects"])
         yield from measure_row(row, "missing", max(wanted - row["faces"], 0) / wanted)
-        yield from measure_row(row, "size", row["face_size"] if row["found"] else None)
+        if row["found"]:
+            yield from measure_row(row, "found_ip", row["ip"])
+            yield from measure_row(row, "size", row["face_size"])
 
 
 def of_pairs(rows: Rows, seen: Mapping[str, Features], references: Mapping[str, Features]) -> Iterator[Row]:
@@ -206,9 +208,9 @@ def of_seeds(rows: Rows, seen: Mapping[str, Features]) -> Iterator[Row]:
 
 
 def of_kept(rows: Rows) -> Iterator[Row]:
-    """swap_psnr, swap_ssim and swap_lpips, from `KEPT` rows."""
+    """swap_psnr, swap_ssim and swap_lpips, and swap_outside, which every pair has, from `KEPT` rows."""
     for row in rows:
-        for metric in ("psnr", "ssim", "lpips"):
+        for metric in ("psnr", "ssim", "lpips", "outside"):
             unit = unit_of(row, row["other"])
             yield from measure_row(row, f"swap_{metric}", row[metric], unit=unit, members=row["members"])
 
@@ -376,7 +378,7 @@ class Values:
 
 # By the first part of a measure's name, the one that has a value for each of its units; `pc` for the others.
 # There is none for the router, whose images have no PC.
-ALWAYS = {"swap": "swap_margin", "vary": "vary_clip", "router": ""}
+ALWAYS = {"swap": "swap_outside", "vary": "vary_clip", "router": ""}
 
 
 class Measures:

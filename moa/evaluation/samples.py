@@ -58,6 +58,7 @@ _KEPT: dict[str, pa.DataType] = {
     "split": pa.string(),
     "kind": pa.string(),
     "prompt_id": pa.string(),
+    "prompt_group": pa.string(),
     "index": pa.int32(),
     "subject": pa.string(),  # of the one image
     "other": pa.string(),  # of the other
@@ -79,7 +80,7 @@ def _schema(
 REQUEST = _schema("request", _REQUEST)
 MADE = _schema("made", _MADE, optional=("train_seed",))
 SAMPLE = _schema("sample", _SAMPLE, optional=("train_seed",), version=2)
-KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim", "lpips"), version=2)
+KEPT = _schema("kept", _KEPT, optional=("train_seed", "psnr", "ssim", "lpips"), version=3)
 
 
 def sort_key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -61,7 +61,11 @@ def compare(
 
 
 def comparisons(rows: Sequence[Row], base: Sequence[Row]) -> Iterator[tuple[str, Pairs]]:
-    """What is compared, "swap" or "prior", and all methods' pairs of images for the same requests."""
+    """What is compared, "swap" or "prior", and all methods' pairs of images for the same requests.
+
+    Trainings are compared seed by seed, so that more of them change no value; a method that is not trained
+    is compared with each.
+    """
     requests = {request_of(row): row for row in base}
     swaps = [("swap", one, other) for one, other in context.swaps(rows)]
     priors = [("prior", row, requests[request_of(row)]) for row in rows if request_of(row) in requests]
@@ -70,8 +74,11 @@ def comparisons(rows: Sequence[Row], base: Sequence[Row]) -> Iterator[tuple[str,
         groups.setdefault((metric, request_of(one), request_of(other)), []).append((dict(one), dict(other)))
     methods = {row["method"] for row in rows}
     for key, pairs in groups.items():
-        if {one["method"] for one, _ in pairs} == methods:
-            yield str(key[0]), pairs
+        trained = sorted({one["train_seed"] for one, _ in pairs} - {None})
+        for seed in trained or [None]:
+            own = [(one, other) for one, other in pairs if one["train_seed"] in (None, seed)]
+            if {one["method"] for one, _ in own} == methods:
+                yield str(key[0]), own
 
 
 def alike(

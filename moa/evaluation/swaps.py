@@ -45,14 +45,14 @@ def compare_swaps(
         somebody = all(p.any() for p in persons)
         alike = context.kept(pixels[0], pixels[1], mask, perceptual) if somebody else None
         kept.append(_kept_row(one, other, alike, float(1 - mask.mean())))
-    kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:8]))
+    kept.sort(key=lambda r: tuple(str(r[name]) for name in KEPT.names[:9]))
     write_rows(output, kept, KEPT)
 
 
 def _kept_row(
     one: Mapping[str, Any], other: Mapping[str, Any], alike: context.Kept | None, outside: float
 ) -> Row:
-    same = ("method", "train_seed", "split", "kind", "prompt_id", "index", "subject")
+    same = ("method", "train_seed", "split", "kind", "prompt_id", "prompt_group", "index", "subject")
     return {
         **{name: one[name] for name in same},
         "other": other["subject"],

@@ -13,6 +13,9 @@ from typing import Any
 from moa.evaluation.statistics import Interval
 from moa.files import write_atomically
 
+PARAGRAPH = 40  # characters; LaTeX columns with longer cells are paragraphs
+PAGE = 40  # rows; longer LaTeX tables go over pages
+
 
 @dataclass(frozen=True)
 class Table:
@@ -72,20 +75,30 @@ def to_markdown(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs tabular, intervals in brackets, notes as comments."""
+    """A booktabs tabular, or longtable, intervals in brackets, notes as comments.
+
+    Columns of long texts are paragraphs, which share the line.
+    """
     names, rows = _pretty(table)
     body = [" & ".join(map(_escape, r)) + r" \\" for r in rows]
     head = " & ".join(map(_escape, names)) + r" \\"
-    layout = "l" * len(names)
-    lines = [rf"\begin{{tabular}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-    return "\n".join([*lines, r"\end{tabular}", *(f"% {note}" for note in table.notes)]) + "\n"
+    long = [max(map(len, column)) > PARAGRAPH for column in zip(names, *rows, strict=True)]
+    paragraph = rf"p{{{0.75 / max(1, sum(long)):.2f}\linewidth}}"
+    layout = "".join(paragraph if wide else "l" for wide in long)
+    kind = "longtable" if len(rows) > PAGE else "tabular"
+    lines = [rf"\begin{{{kind}}}{{{layout}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+    return "\n".join([*lines, rf"\end{{{kind}}}", *(f"% {note}" for note in table.notes)]) + "\n"
 
 
-_MATHS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$", "±": r"$\pm$"}
+_SIGNS = {"<": "$<$", ">": "$>$", "−": "$-$", "≠": r"$\neq$", "±": r"$\pm$"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+}
 
 
 def _escape(text: str) -> str:
-    return "".join(f"\\{c}" if c in "&%$#_{}" else _MATHS.get(c, c) for c in text)
+    return "".join(f"\\{c}" if c in "&%$#_{}" else _SIGNS.get(c, c) for c in text)
 
 
 FORMS: dict[str, Callable[[Table], str]] = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}

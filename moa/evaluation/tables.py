@@ -132,19 +132,24 @@ def details(rows: Rows, kind: str, group: str) -> Table:
 def kept_context(rows: Rows) -> Table:
     """PSNR, SSIM and LPIPS outside the subjects by method, and the paired differences between methods.
 
-    Pairs without values are counted as left out, also where they are all that a method has.
+    A pair's value is the mean over the trainings that have one. Pairs without values are counted as left out,
+    also where they are all that a method has.
     """
     table = []
     groups: dict[str, Rows] = {}
     for method, every in by_method(rows).items():
         own = [row for row in every if row["psnr"] is not None]
-        row = {"method": method, "minus": "", "pairs": len(own), "left_out": len(every) - len(own)}
+        members = {pair_of(r): r["members"] for r in own}
+        left_out = len({pair_of(r) for r in every} - set(members))
+        row = {"method": method, "minus": "", "pairs": len(members), "left_out": left_out}
         if own:
             groups[method] = own
-            members = [r["members"] for r in own]
             for metric in KEPT_METRICS:
-                values = [r[metric] for r in own]
-                row |= limits(metric, interval(values, members)) if None not in values else {metric: NO_VALUE}
+                if any(r[metric] is None for r in own):
+                    row |= {metric: NO_VALUE}
+                else:
+                    means = _by_pair(own, metric)
+                    row |= limits(metric, interval(list(means.values()), [members[k] for k in means]))
         table.append(row)
     for reference, method in combinations(groups, 2):
         table.append(_context_difference(groups[method], groups[reference], method, reference))
@@ -157,22 +162,23 @@ def kept_context(rows: Rows) -> Table:
     return Table(("method", "minus", "pairs", "left_out", *bounds), table, notes)
 
 
+def _by_pair(rows: Rows, metric: str) -> dict[Any, float]:
+    """The mean over trainings of each swap of `KEPT` rows."""
+    values: dict[Any, list[float]] = {}
+    for row in rows:
+        values.setdefault(pair_of(row), []).append(row[metric])
+    return {key: sum(v) / len(v) for key, v in values.items()}
+
+
 def _context_difference(own: Rows, reference: Rows, method: str, minus: str) -> dict[str, Any]:
     """Difference over the swaps that both methods have a value for."""
-
-    def keyed(rows: Rows, metric: str) -> dict[Any, float]:
-        values: dict[Any, list[float]] = {}
-        for r in rows:
-            values.setdefault(pair_of(r), []).append(r[metric])
-        return {key: sum(v) / len(v) for key, v in values.items()}
-
     members = members_of(own, reference, key=pair_of)
     row: dict[str, Any] = {"method": method, "minus": minus}
     for metric in KEPT_METRICS:
         if any(r[metric] is None for r in (*own, *reference)):
             row |= {metric: NO_VALUE}
             continue
-        mine, theirs = keyed(own, metric), keyed(reference, metric)
+        mine, theirs = _by_pair(own, metric), _by_pair(reference, metric)
         both = sorted(set(mine) & set(theirs))
         if not both:
             continue

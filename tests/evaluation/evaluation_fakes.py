@@ -9,7 +9,7 @@ from PIL import Image
 
 from moa.evaluation import samples
 from moa.evaluation.boxes import Detection
-from moa.evaluation.features import Features
+from moa.evaluation.features import Features, encode_persons
 
 COLORS = ["red", "green", "blue", "yellow", "cyan", "magenta"]
 
@@ -84,5 +84,5 @@ class ColorJudges:
             vectors,
             vectors,
             np.array([0.6, 0.8]),
-            persons,
+            encode_persons(persons),
         )

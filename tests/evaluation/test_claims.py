@@ -87,6 +87,20 @@ def test_an_equal_method_passes_with_a_margin_and_a_worse_one_does_not():
             assert judge(Claim("c", "1", "pc", minus="prior"), found)["verdict"] == "undecided"
 
 
+def test_identity_by_size_leaves_out_who_was_not_found():
+    """Also where another training found somebody: its size goes with its own identity."""
+    rows = []
+    for n, row in enumerate(make_rows("single", ("moa",))):
+        size = 0.1 + 0.02 * n
+        rows.append({**row, "train_seed": 0, "found": True, "face_size": size, "ip": size / 2})
+        rows.append(
+            {**row, "train_seed": 1, "found": n % 3 > 0, "face_size": size, "ip": size / 2 * (n % 3 > 0)}
+        )
+    (claim,) = [c for c in claims.read_claims(LEDGER) if c.slope_on == "size"]
+    found = judge(claim, Measures(measures.of_samples(rows)))
+    assert [found[f"value{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.5] * 3)
+
+
 def test_a_group_is_judged_beside_another():
     """What MoA loses everywhere is no sign of what it loses with expressions."""
     rows = make_rows("single", ("prior", "moa"))

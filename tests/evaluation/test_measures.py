@@ -13,7 +13,7 @@ from evaluation_fakes import make_rows
 from moa.data.records import write_rows
 from moa.evaluation import features, measures, preserved, samples
 from moa.evaluation.boxes import Detection
-from moa.evaluation.features import Features
+from moa.evaluation.features import Features, encode_persons
 from moa.evaluation.maps import ROUTER
 from moa.evaluation.measures import Measures
 from moa.evaluation.samples import KEPT
@@ -30,7 +30,7 @@ def look(faces=(), persons=(0, 0), clip=(1.0, 0.0)) -> Features:
     boxes = np.array([[0, 0, 8 - n, 8] for n in range(len(faces))], dtype=float).reshape(-1, 4)
     vectors = np.array(faces, dtype=float).reshape(len(faces), len(faces[0]) if faces else 0)
     found = Detection(boxes, np.ones(len(faces)))
-    return Features((8, 8), found, vectors, vectors, np.array(clip), mask)
+    return Features((8, 8), found, vectors, vectors, np.array(clip), encode_persons(mask))
 
 
 REFERENCES = {f"s{n}": look([EYE[n]]) for n in range(6)}
@@ -329,7 +329,7 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
         [tmp_path / "preserved.parquet"], [tmp_path / "router.parquet"], [tmp_path / "alike.parquet"],
     )  # fmt: skip
     assert {metric for kind, metric, _ in found if kind == "multi"} == {
-        "ip", "pc", "missing", "size", "own", "leak", "leak_excess", "apart",
+        "ip", "pc", "missing", "found_ip", "size", "own", "leak", "leak_excess", "apart",
     }  # fmt: skip
     assert {metric for kind, metric, _ in found if kind == "swap"} >= {"swap_margin", "swap_named"}
     units = ["s0/group-00/0", "s0/group-01/0"]
@@ -337,7 +337,8 @@ def test_the_stage_joins_what_others_wrote(tmp_path):
     assert found.get("single", "seed_psnr", "moa").of == dict.fromkeys(units, 10.0)
     assert found.get("single", "seed_layout", "moa").of == dict.fromkeys(units, 0.75)
     assert found.get("single", "seed_ssim", "moa").of == pytest.approx({units[1]: 0.2})
-    assert found.get("swap", "swap_psnr", "moa").of == {"s0/s1/group-00/0": 25.0}
+    assert found.get("swap", "swap_psnr", "moa", "group").of == {"s0/s1/group-00/0": 25.0}
+    assert found.asked("swap", "swap_psnr", "moa") == {"s0/s1/group-00/0", "s0/s2/group-00/0"}
     assert found.get("single", "router_contrast", "moa").of == pytest.approx({"s0/p/0": 0.1})
     page = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     assert {metric for _, metric, _ in found} == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))

@@ -29,7 +29,7 @@ def results(tmp_path):
         Image.fromarray(pixels).save(tmp_path / row["path"])
         persons = np.zeros((32, 32), dtype=bool)
         persons[:, : 12 if row["method"] == "moa" else 8] = True
-        seen[row["method"]][row["path"]] = replace(look(), persons=persons)
+        seen[row["method"]][row["path"]] = replace(look(), mask=features.encode_persons(persons))
     for method, own in seen.items():
         features.write(tmp_path / f"{method}-features.parquet", own)
         samples.write(tmp_path / f"{method}.parquet", [row for row in rows if row["method"] == method])
@@ -96,9 +96,8 @@ def test_other_noise_is_of_the_same_prompt_and_goes_round():
 
 def test_nobody_found_is_no_value(results):
     seen = features.read(results / "moa-features.parquet")
-    nobody = {
-        path: features.Features(**{**vars(f), "persons": f.persons & False}) for path, f in seen.items()
-    }
+    empty = features.encode_persons(np.zeros((32, 32), dtype=bool))
+    nobody = {path: replace(f, mask=empty) for path, f in seen.items()}
     features.write(results / "moa-features.parquet", nobody)
     rows = compare(results)
     assert {row[name] for row in rows for name in PRESERVED.names[9:15]} == {None}

@@ -33,7 +33,7 @@ def results(tmp_path):
         persons[:, :width] = True
         features.write(
             tmp_path / f"{method}-features.parquet",
-            {row["path"]: replace(look(), persons=persons) for row in own},
+            {row["path"]: replace(look(), mask=features.encode_persons(persons)) for row in own},
         )
         samples.write(tmp_path / f"{method}.parquet", own)
     return tmp_path
@@ -101,6 +101,30 @@ def test_a_request_has_values_for_both_or_neither(results):
     units = set(of(rows, "prior_ssim_shared", "moa", hidden["kind"]))
     assert f"{hidden['subject']}/{hidden['prompt_id']}/0" not in units
     assert len(units) == 2 * 5 - 1
+
+
+def test_another_training_changes_no_value(results):
+    """Its people hide more, and of one request it shows nobody."""
+    before = of(compare(results), "swap_ssim_shared", "moa")
+    for method in ("moa", "fastcomposer"):
+        own, seen = (
+            samples.read(results / f"{method}.parquet"),
+            features.read(results / f"{method}-features.parquet"),
+        )
+        again = [row | {"train_seed": 1, "path": f"1-{row['path']}"} for row in own]
+        wide = np.zeros((32, 32), dtype=bool)
+        wide[:, :28] = True
+        for row in again:
+            (results / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+            (results / row["path"]).write_bytes((results / row["path"][2:]).read_bytes())
+        seen |= {row["path"]: replace(look(), mask=features.encode_persons(wide)) for row in again}
+        seen[again[0]["path"]] = look()
+        first = [row | {"train_seed": 0} for row in own]
+        samples.write(results / f"{method}.parquet", [*first, *again])
+        features.write(results / f"{method}-features.parquet", seen)
+    rows = [row for row in compare(results) if row["metric"] == "swap_ssim_shared" and row["method"] == "moa"]
+    assert len(rows) > len(before)
+    assert all(before[row["unit"]] in [r["value"] for r in rows if r["unit"] == row["unit"]] for row in rows)
 
 
 def test_without_a_prior_swaps_are_compared_alone(results):

@@ -32,7 +32,8 @@ def kept_rows(methods=("moa", "fastcomposer")):
                 rows.append(
                     {
                         "method": method, "train_seed": 0, "split": "test", "kind": "swap", "prompt_id": "p",
-                        "index": 0, "subject": f"s{a}", "other": f"s{b}", "members": [f"s{a}", f"s{b}"],
+                        "prompt_group": "g", "index": 0, "subject": f"s{a}", "other": f"s{b}",
+                        "members": [f"s{a}", f"s{b}"],
                         "psnr": None if (a, b) == (0, 1) and m else 30.0 - 5 * m + a + 0.5 * b,
                         "ssim": None if (a, b) == (0, 1) and m else 0.9 - 0.1 * m, "lpips": None,
                         "outside": 0.5,
@@ -124,6 +125,18 @@ def test_context_table_counts_what_was_left_out(files):
     assert (gap["pairs"], gap["psnr"], gap["psnr_low"]) == ("5", "-5.000000", "-5.000000")
 
 
+def test_a_pair_s_context_is_the_mean_of_its_trainings(files):
+    """Of one pair a training has no value: it counts once, like the others."""
+    own = kept_rows(("moa",))
+    again = [{**row, "train_seed": 1, "psnr": row["psnr"] + 10} for row in own]
+    again[0] |= {"psnr": None, "ssim": None}
+    write_rows(files / "kept.parquet", own + again, KEPT)
+    (row,) = read(run(files, files / "tables")["context.csv"])
+    first = np.array([r["psnr"] for r in own])
+    assert (row["pairs"], row["left_out"]) == ("6", "0")
+    assert float(row["psnr"]) == pytest.approx(np.mean([first[0], *(first[1:] + 5)]))
+
+
 def test_context_table_is_of_swaps_alone(files):
     """Other kinds whose subjects share their noise have pairs, too."""
     before = run(files, files / "tables")["context.csv"]
@@ -189,6 +202,12 @@ def test_reading_forms():
     assert latex.startswith(r"\begin{tabular}{lll}")
     signs = forms.to_latex(forms.Table(("a",), [{"a": "x − y > 0 ≠ 1 < 2"}]))
     assert r"x $-$ y $>$ 0 $\neq$ 1 $<$ 2 \\" in signs
+    assert forms.to_latex(forms.Table(("a",), [{"a": r"\~^"}])).splitlines()[4] == (
+        r"\textbackslash{}\textasciitilde{}\textasciicircum{} \\"
+    )
+    words = forms.Table(("claim", "n"), [{"claim": "so " * 20, "n": n} for n in range(41)])
+    made = forms.to_latex(words).splitlines()
+    assert (made[0], made[-1]) == (r"\begin{longtable}{p{0.75\linewidth}l}", r"\end{longtable}")
     assert forms.to_csv(table) == "method,x,x_low,x_high,n\na_b,0.500000,0.410000,0.590000,3\nc,1.000000,,,\n"
 
 

@@ -21,6 +21,7 @@ def kept(*psnr):
         "split": "validation",
         "kind": "swap",
         "prompt_id": "p",
+        "prompt_group": "g",
         "index": 0,
     }
     return [
