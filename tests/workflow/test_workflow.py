@@ -106,7 +106,8 @@ def test_tuning_trains_once_for_trials_that_sample_differently(snakemake: Run) -
 def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(snakemake: Run) -> None:
     """Two trainings of each method, one of each ablation that trains, and one set of the prior's images."""
     full = yaml.safe_load((ROOT / "config/full.yaml").read_text())
-    done = snakemake("full", "--dry-run", "--printshellcmds", "--configfile", "config/full.yaml")
+    arguments = ["full", "--dry-run", "--printshellcmds", "--configfile", "config/full.yaml"]
+    done = snakemake(*arguments, "--set-threads", "train=1")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     jobs = {name: int(n) for name, n in re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE)}
@@ -121,6 +122,8 @@ def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(sn
     assert "--folder fastcomposer-seed-1" in said
     assert "--trained results/full/train/moa --root results/full/ablations/moa/null-prior" in said
     assert "--ablations results/full/ablations/measures.parquet" in said
+    command = "snakemake --cores all full --configfile config/full.yaml --set-threads train=1"
+    assert f"--command '{command}'" in said
     wanted = [f"tables/{n}.{f}" for n in ("table3", "multi", "ablations", "cost", "claims", "seeds")
               for f in ("csv", "md", "tex")]  # fmt: skip
     assert [name for name in [*wanted, "made.json"] if f"results/full/{name}" not in said] == []

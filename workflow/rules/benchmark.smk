@@ -93,6 +93,8 @@ rule sparse_figure:
         f"{OUT}/figures/sparse.png",
     log:
         f"{OUT}/logs/sparse_figure.log",
+    benchmark:
+        f"{OUT}/benchmarks/sparse_figure.tsv"
     conda:
         "../../envs/models.yaml"
     params:

@@ -70,7 +70,7 @@ if CONFIG["source"] == "miniature":
         log:
             f"{OUT}/logs/render_subjects/{{split}}-occluded.log",
         benchmark:
-            f"{OUT}/benchmarks/render_subjects/{{split}}-occluded.tsv"
+            f"{OUT}/benchmarks/render_occluded/{{split}}.tsv"
         params:
             occluded="--occluded",
         message:
@@ -337,7 +337,7 @@ if TENS:
         log:
             f"{OUT}/logs/caption/{{ten}}.log",
         benchmark:
-            f"{OUT}/benchmarks/caption/{{ten}}.tsv"
+            f"{OUT}/benchmarks/caption_ten/{{ten}}.tsv"
         wildcard_constraints:
             ten="|".join(TENS),
         message:
@@ -354,7 +354,7 @@ if TENS:
         log:
             f"{OUT}/logs/segment/{{ten}}.log",
         benchmark:
-            f"{OUT}/benchmarks/segment/{{ten}}.tsv"
+            f"{OUT}/benchmarks/segment_ten/{{ten}}.tsv"
         wildcard_constraints:
             ten="|".join(TENS),
         message:

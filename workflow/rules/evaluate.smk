@@ -81,6 +81,8 @@ rule merge_samples:
         f"{OUT}/samples.parquet",
     log:
         f"{OUT}/logs/merge_samples.log",
+    benchmark:
+        f"{OUT}/benchmarks/merge_samples.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -306,6 +308,8 @@ rule cost_table:
         report(COST, category="Tables", caption="../report/tables.rst"),
     log:
         f"{OUT}/logs/cost_table.log",
+    benchmark:
+        f"{OUT}/benchmarks/cost_table.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -372,6 +376,8 @@ rule router_table:
         ),
     log:
         f"{OUT}/logs/router_table.log",
+    benchmark:
+        f"{OUT}/benchmarks/router_table.tsv"
     conda:
         "../../envs/models.yaml"
     params:

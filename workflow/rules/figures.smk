@@ -9,6 +9,10 @@ DRAWN = [
     *(["router"] if ROUTER else []),
 ]
 FIGURES = [f"{OUT}/figures/{name}.png" for name in DRAWN]
+# Of rules that were given others than their own (`--set-threads`), which change a training's last digits.
+THREADS = [
+    f"{rule}={getattr(n, 'raw', n)}" for rule, n in workflow.resource_settings.overwrite_threads.items()
+]
 NOTEBOOKS = [f"{OUT}/notebooks/router_maps.ipynb"] if ROUTER else []
 
 
@@ -20,6 +24,8 @@ rule grid:
         report(f"{OUT}/figures/{{grid}}.png", category="Figures", caption="../report/grid.rst"),
     log:
         f"{OUT}/logs/grid-{{grid}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/grid/{{grid}}.tsv"
     wildcard_constraints:
         grid="|".join(GRIDS),
     conda:
@@ -41,6 +47,8 @@ rule training_curves:
         report(f"{OUT}/figures/training.png", category="Figures", caption="../report/training.rst"),
     log:
         f"{OUT}/logs/training_curves.log",
+    benchmark:
+        f"{OUT}/benchmarks/training_curves.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -59,6 +67,8 @@ rule score_figure:
         report(f"{OUT}/figures/scores.png", category="Figures", caption="../report/tables.rst"),
     log:
         f"{OUT}/logs/score_figure.log",
+    benchmark:
+        f"{OUT}/benchmarks/score_figure.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -76,6 +86,8 @@ rule router_figure:
         report(f"{OUT}/figures/router.png", category="Figures", caption="../report/router.rst"),
     log:
         f"{OUT}/logs/router_figure.log",
+    benchmark:
+        f"{OUT}/benchmarks/router_figure.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -114,6 +126,8 @@ rule made:
         f"{OUT}/made.json",
     log:
         f"{OUT}/logs/made.log",
+    benchmark:
+        f"{OUT}/benchmarks/made.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -123,6 +137,7 @@ rule made:
             [
                 "snakemake --cores all full",
                 option("--configfile", map(os.path.relpath, workflow.configfiles)),
+                option("--set-threads", THREADS),
             ]
         ).strip(),
         results=results,
@@ -146,6 +161,8 @@ rule html_report:
         f"{OUT}/report.html",
     log:
         f"{OUT}/logs/report.log",
+    benchmark:
+        f"{OUT}/benchmarks/html_report.tsv"
     conda:
         "../../envs/models.yaml"
     params:

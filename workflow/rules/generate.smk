@@ -15,6 +15,8 @@ rule plan:
         f"{OUT}/requests/{{split}}-{{kind}}-{{shard}}.parquet",
     log:
         f"{OUT}/logs/plan/{{split}}-{{kind}}-{{shard}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/plan/{{split}}-{{kind}}-{{shard}}.tsv"
     conda:
         "../../envs/models.yaml"
     params:

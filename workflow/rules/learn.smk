@@ -20,7 +20,7 @@ rule learn_subjects:
     log:
         f"{OUT}/logs/learn/{{method}}{{seed}}-{{shard}}.log",
     benchmark:
-        f"{OUT}/benchmarks/learn/{{method}}{{seed}}-{{shard}}.tsv"
+        f"{OUT}/benchmarks/learn_subjects/{{method}}{{seed}}-{{shard}}.tsv"
     wildcard_constraints:
         method="|".join(PER_SUBJECT),
     conda:
@@ -49,6 +49,8 @@ rule join_subjects:
         directory(f"{OUT}/train/{{method}}{{seed}}"),
     log:
         f"{OUT}/logs/learn/{{method}}{{seed}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/join_subjects/{{method}}{{seed}}.tsv"
     wildcard_constraints:
         method="|".join(PER_SUBJECT),
     conda:

@@ -8,11 +8,14 @@ if FACENET:
             update(FACENET),
         log:
             f"{OUT}/logs/fetch_identity.log",
+        benchmark:
+            f"{OUT}/benchmarks/fetch_identity.tsv"
         localrule: True
         conda:
             "../../envs/models.yaml"
         params:
             config=settings("fetch-identity"),
+            code=code("fetch-identity"),
         message:
             "Fetching {output}"
         shell:
@@ -48,6 +51,8 @@ rule lock_models:
         passed=touch(f"{OUT}/models.passed"),
     log:
         f"{OUT}/logs/lock_models.log",
+    benchmark:
+        f"{OUT}/benchmarks/lock_models.tsv"
     localrule: True
     conda:
         "../../envs/models.yaml"

@@ -60,6 +60,8 @@ rule assemble_prior:
         directory(f"{PRETRAINED}/weights/prior"),
     log:
         f"{PRETRAINED}/logs/assemble.log",
+    benchmark:
+        f"{PRETRAINED}/benchmarks/assemble.tsv"
     conda:
         "../../envs/models.yaml"
     params:
@@ -122,6 +124,8 @@ rule model_cards:
         touch(f"{PRETRAINED}/cards.done"),
     log:
         f"{PRETRAINED}/logs/cards.log",
+    benchmark:
+        f"{PRETRAINED}/benchmarks/cards.tsv"
     conda:
         "../../envs/models.yaml"
     params:

@@ -13,7 +13,7 @@ use rule train as trial_train with:
     log:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-train.log",
     benchmark:
-        f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-train.tsv"
+        f"{OUT}/benchmarks/trial_train/{{grid}}/{{method}}-{{trial}}.tsv"
     message:
         "Training {wildcards.method}, {wildcards.grid}: {wildcards.trial}; `tail -f {log}` shows how far it is"
 
@@ -31,7 +31,7 @@ use rule generate as trial_generate with:
     log:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-generate.log",
     benchmark:
-        f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-generate.tsv"
+        f"{OUT}/benchmarks/trial_generate/{{grid}}/{{method}}-{{trial}}.tsv"
     params:
         config=trial_settings("generate-shard"),
         root=trial_folder,
@@ -52,7 +52,7 @@ use rule score as trial_score with:
     log:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-score.log",
     benchmark:
-        f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-score.tsv"
+        f"{OUT}/benchmarks/trial_score/{{grid}}/{{method}}-{{trial}}.tsv"
     params:
         results=trial_folder,
     message:
@@ -70,7 +70,7 @@ use rule compare_swaps as trial_kept with:
     log:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-kept.log",
     benchmark:
-        f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-kept.tsv"
+        f"{OUT}/benchmarks/trial_kept/{{grid}}/{{method}}-{{trial}}.tsv"
     params:
         results=trial_folder,
     message:
@@ -90,7 +90,7 @@ use rule compare_prior as trial_preserved with:
     log:
         f"{OUT}/logs/{{grid}}/{{method}}-{{trial}}-preserved.log",
     benchmark:
-        f"{OUT}/benchmarks/{{grid}}/{{method}}-{{trial}}-preserved.tsv"
+        f"{OUT}/benchmarks/trial_preserved/{{grid}}/{{method}}-{{trial}}.tsv"
     params:
         results=trial_folder,
         prior_results=lambda wildcards, input: f"--prior-results {Path(input.prior).parent}",
@@ -112,6 +112,8 @@ rule tuning_table:
         f"{OUT}/tables/tuning.csv",
     log:
         f"{OUT}/logs/tuning_table.log",
+    benchmark:
+        f"{OUT}/benchmarks/tuning_table.tsv"
     conda:
         "../../envs/models.yaml"
     params:
