@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 from moa.choose import spread
 from moa.data.crops import resize_ids
@@ -117,7 +118,7 @@ def describe(
     found them, with which models.
     """
     tally = Tally()
-    for record in records:
+    for record in tqdm(records, "count records", unit="photo"):
         tally.add(record)
     refused, aside = (Counter(row["reason"] for row in rows) for rows in (rejected, quarantined))
     reasons = refused + aside

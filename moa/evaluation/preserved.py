@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from moa.data.errors import DataError
 from moa.data.records import write_rows
@@ -125,7 +126,7 @@ def compare(
         return View(pixels, found[row["path"]].persons)
 
     preserved = []
-    for row in sorted(rows, key=samples.sort_key):
+    for row in tqdm(sorted(rows, key=samples.sort_key), "compare with the prior", unit="image"):
         key = request_of(row)
         if key not in same:
             continue

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
@@ -53,7 +54,7 @@ def compare(
     perceptual = load_perceptual(lpips)
     values = [
         value
-        for metric, pairs in comparisons(rows, base)
+        for metric, pairs in tqdm(list(comparisons(rows, base)), "compare methods", unit="request")
         for value in alike(metric, pairs, found, Path(results), dilation, perceptual)
     ]
     values.sort(key=lambda row: tuple(str(row[name]) for name in MEASURE.names))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from moa.data.records import write_rows
 from moa.evaluation import context, features, samples
@@ -38,7 +39,7 @@ def compare_swaps(
     rows, found = samples.read(made, SAMPLE), features.read(seen)
     perceptual = load_perceptual(lpips)
     kept = []
-    for one, other in context.swaps(rows):
+    for one, other in tqdm(context.swaps(rows), "compare swaps", unit="pair"):
         pixels = [np.asarray(samples.open_image(Path(results) / row["path"])[0]) for row in (one, other)]
         persons = [found[row["path"]].persons for row in (one, other)]
         mask = context.dilate(persons[0] | persons[1], dilation)

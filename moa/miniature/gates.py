@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
 from moa.data.annotators import ModelSource
@@ -316,7 +317,7 @@ def measure_clip_judge(judge: ClipJudge, data: corpus.Corpus, seed: int) -> list
 def draw(pipeline: Any, prompts: Sequence[str], settings: GatesConfig) -> NDArray[np.uint8]:
     """uint8 [N, H, W, 3]; picture i from seed i."""
     parts = []
-    for i in range(0, len(prompts), 32):
+    for i in tqdm(range(0, len(prompts), 32), "draw", unit="batch"):
         batch = list(prompts[i : i + 32])
         generators = [
             torch.Generator().manual_seed(settings.seed * 100_000 + i + k) for k in range(len(batch))

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from moa.conditioner import PromptEncoder
@@ -54,7 +55,8 @@ class FrozenPrior:
             part = captions[start : start + ENCODED_AT_ONCE]
             self.captions |= dict(zip(part, self.words.encode_text(part), strict=True))
         parts = [numbers[i : i + ENCODED_AT_ONCE] for i in range(0, len(numbers), ENCODED_AT_ONCE)]
-        self.posteriors = torch.cat([self._encode(torch.stack([data.pixels(n) for n in p])) for p in parts])
+        bar = tqdm(parts, "encode records", unit="batch")
+        self.posteriors = torch.cat([self._encode(torch.stack([data.pixels(n) for n in p])) for p in bar])
 
     def _encode(self, pixels: Tensor) -> Tensor:
         posterior = self.pipe.vae.encode(pixels.to(self.pipe.device, self.pipe.vae.dtype)).latent_dist

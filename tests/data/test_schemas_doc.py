@@ -13,7 +13,7 @@ from moa.data.errors import REASONS
 from moa.data.parser import PHRASES
 from moa.data.sources import lock
 from moa.data.sources.reasons import QUARANTINED
-from moa.evaluation import measures, preserved, samples
+from moa.evaluation import features, maps, measures, preserved, samples
 
 TEXT = (Path(__file__).parents[2] / "docs" / "schemas.md").read_text("utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -53,7 +53,13 @@ def test_samples_are_explained():
 
 @pytest.mark.parametrize(
     ("section", "schema"),
-    [("kept", samples.KEPT), ("preserved", preserved.PRESERVED), ("measure", measures.MEASURE)],
+    [
+        ("kept", samples.KEPT),
+        ("preserved", preserved.PRESERVED),
+        ("measure", measures.MEASURE),
+        ("features", features.FEATURES),
+        ("router", maps.ROUTER),
+    ],
 )
 def test_what_is_compared_is_explained(section, schema):
     columns = re.findall(r"^\| (`.+?`) \|", SECTIONS[section], re.MULTILINE)

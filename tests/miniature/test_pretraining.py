@@ -16,6 +16,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -578,6 +579,18 @@ def test_cards_tell_recipe_and_gates(shipped, data):
         row = f"| {gate} | goodness | {0.5 + n / 100:.4f} | 0.9 | no | {40 + n} |"
         owners = [name for name, text in texts.items() if row in text]
         assert len(owners) == 1, gate
+
+
+def test_shipped_weights_are_halves_and_fit_into_the_repository():
+    """40 MB of safetensors altogether: every version of them stays in the history."""
+    files = sorted((ROOT / "moa/miniature/weights").rglob("*.safetensors"))
+    assert len(files) >= len(cards.ABOUT)
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names = tensors.keys()
+            kinds = {tensors.get_slice(name).get_dtype() for name in names}
+        assert kinds <= {"F16", "I64"}, file
+    assert sum(file.stat().st_size for file in files) <= 40_000_000
 
 
 def test_a_missing_model_is_named(shipped, tmp_path):
