@@ -205,20 +205,23 @@ def detected(device: str, images: Sequence[Image.Image]) -> Callable[[int], Valu
 
 
 def segments(device: str, images: Sequence[Image.Image]) -> Callable[[int], Values]:
-    """Mask2Former's classes of its queries likewise; the masks are made too, as far as it sees persons."""
+    """Mask2Former's queries likewise, classes and masks as logits, and what is made of them."""
     with tempfile.TemporaryDirectory() as folder:
         random_mask2former(Path(folder), SEGMENTER_SIDE, true_size=True)
         judge = PersonFinder(SegmentConfig(ModelSource(folder), device=device))
-    images, classes = enlarged(images), []
-    judge.segmenter.model.register_forward_hook(
-        lambda model, given, out: classes.append(out.class_queries_logits.float().cpu().numpy())
-    )
+    images, queries = enlarged(images), []
+
+    def keep(model: object, given: object, out: Any) -> None:
+        logits = (out.class_queries_logits, out.masks_queries_logits)
+        queries.append(torch.cat([values.flatten(1) for values in logits], dim=1).float().cpu().numpy())
+
+    judge.segmenter.model.register_forward_hook(keep)
 
     def look(size: int) -> Values:
-        classes.clear()
+        queries.clear()
         for part in in_parts(images, size):
             judge(part)
-        return np.concatenate(classes)
+        return np.concatenate(queries)
 
     return look
 
