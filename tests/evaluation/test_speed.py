@@ -86,8 +86,9 @@ def test_the_segmenter_s_queries_are_compared(monkeypatch):
         lambda folder, side, true_size: random_mask2former(folder, 64, False, **TINY_MASK2FORMER),
     )  # fmt: skip
     look = speed.segments("cpu", speed.draw(CONFIG).images[:3])
-    assert look(1).shape == look(2).shape == (3, 6, 134)
-    assert np.ptp(look(1)) > 0.1
+    classes, masks = 6 * 134, 6 * 16 * 16
+    assert look(1).shape == look(2).shape == (3, classes + masks)
+    assert np.ptp(look(1)[:, :classes]) > 0.1 and np.ptp(look(1)[:, classes:]) > 0.1
 
 
 def test_pictures_are_of_their_subjects_and_the_same_every_time():
