@@ -130,6 +130,19 @@ def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(sn
     assert not re.search(r"validation-\w+-000.*results/full/made/", said)
 
 
+def test_a_training_of_several_processes_goes_through_the_launcher(snakemake: Run) -> None:
+    told = {}
+    for processes in (1, 2):
+        config = {"processes": processes, "device": "cuda"}
+        done = snakemake("results/miniature/train/moa", "--dry-run", "--printshellcmds", config=config)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (told[processes],) = re.findall(r"^Shell command: (.*) train-moa ", done.stdout, re.MULTILINE)
+    assert told[1] == "python -m moa"
+    assert told[2].startswith("python -m accelerate.commands.launch --num_processes 2 --multi_gpu ")
+    assert told[2].endswith(" -m moa")
+    assert "gpu=GPU * PROCESSES," in (ROOT / "workflow/rules/train.smk").read_text()
+
+
 EARLIER = "results/earlier_prior/model_index.json"
 
 

@@ -19,6 +19,7 @@ TRIALS = {grid: [(m, name) for m, names in TRIED[grid].items() for name in names
 TRIAL = f"{OUT}/{{grid}}/{{method}}/{{trial}}"
 WANTED = {"tuning": ("single", "swap"), "ablations": ("single", "multi", "swap")}  # grid: kinds of images
 GPU = int(CONFIG["device"] != "cpu")
+PROCESSES = CONFIG.get("processes", 1)  # of a training, each with a GPU
 TAKEN_IN = CONFIG["source"] in PHOTO_SOURCES
 PASSED = [f"{OUT}/data/{name}" for name in ("photos.checked", "quarantine.passed")] if TAKEN_IN else []
 PASSED += [f"{OUT}/models.passed"]
@@ -64,6 +65,14 @@ def works(wildcards, threads):
     """The other settings of a training, as JSON: a finished one stays when they change."""
     chosen = training(wildcards)
     return json.dumps({key: chosen[key] for key in chosen if key in OPERATIONAL}, sort_keys=True)
+
+
+def launch(wildcards, threads):
+    """What stands between `python -m` and the package: Accelerate's launcher, if a training has several processes."""
+    if PROCESSES == 1:
+        return ""
+    about = "--multi_gpu --main_process_port 0 --mixed_precision no --dynamo_backend no"
+    return f"accelerate.commands.launch --num_processes {PROCESSES} {about} -m "
 
 
 def code(stage):

@@ -16,17 +16,18 @@ rule train:
         f"{OUT}/benchmarks/train/{{method}}{{seed}}.tsv"
     conda:
         "../../envs/models.yaml"
-    threads: 2
+    threads: lambda wildcards: max(2, PROCESSES * (1 + training(wildcards).get("workers", 0)))
     resources:
         mem_mb=6000,
-        gpu=GPU,
+        gpu=GPU * PROCESSES,
     params:
         config=trains,
         work=works,
+        launch=launch,
         code=lambda wildcards: code(f"train-{wildcards.method}")(wildcards),
         records=all_shards("records", "train"),
     message:
         "Training {wildcards.method}{wildcards.seed}; `tail -f {log}` shows how far it is"
     shell:
-        "python -m moa train-{wildcards.method} --config {params.config:q} --change {params.work:q}"
+        "python -m {params.launch}moa train-{wildcards.method} --config {params.config:q} --change {params.work:q}"
         " --records {params.records} --subjects {input.subjects} --output {output.folder} > {log} 2>&1"
