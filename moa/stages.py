@@ -55,13 +55,14 @@ TOP_LEVEL: dict[str, Any] = {
     "rivals": {"type": "array", "items": {"enum": []}, "uniqueItems": True},  # of methods registered
     "shards": {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1, "maximum": 1000}},
     "ten_shards_a_job": {"type": "boolean"},
+    "processes": {"type": "integer", "minimum": 1},
     "models": {"type": "object", "additionalProperties": False, "properties": {}},
     "train_seeds": {"type": "array", "items": {"type": "integer"}, "minItems": 1, "uniqueItems": True},
     "tuning": GRID,
     "ablations": GRID,
 }
 TRIAL_NAME = r"[\w.+-]+"  # it becomes a folder's name
-OPTIONAL = {"weights", "rivals", "ten_shards_a_job", "train_seeds", "tuning", "ablations"}
+OPTIONAL = {"weights", "rivals", "ten_shards_a_job", "processes", "train_seeds", "tuning", "ablations"}
 
 
 @dataclass(frozen=True)
