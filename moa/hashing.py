@@ -135,15 +135,17 @@ def file_hash(path: Path) -> str:
 def model_files(model: Path) -> list[Path]:
     """Files of a model's folder that can change what the model does, sorted: no cards, recipes, logs.
 
-    A model that is one file has this one; a model that is not there has none.
+    Nor what is hidden, or lies in a hidden folder, such as the notes of a download. A model that is one file has this one; a model that is not there has none.
     """
     if model.is_file():
         return [model]
-    return sorted(file for file in model.rglob("[!.]*") if file.is_file() and _counts(file))
+    files = (file for file in model.rglob("*") if file.is_file())
+    return sorted(file for file in files if _counts(file.relative_to(model)))
 
 
 def _counts(file: Path) -> bool:
-    return file.suffix not in (".md", ".csv") and not file.name.endswith("recipe.json")
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and file.suffix not in (".md", ".csv") and not file.name.endswith("recipe.json")
 
 
 def model_hash(model: Path) -> str:

@@ -127,6 +127,8 @@ def test_models_change_with_their_files_and_not_with_their_cards(tmp_path: Path)
     for name in ("README.md", "log.csv", "recipe.json", "unet/vae-recipe.json", ".lock"):
         (model / name).write_text("about the model")
     assert model_hash(model) == before
+    (model / ".cache/download").mkdir(parents=True)
+    (model / ".cache/download/config.json.metadata").write_text("when it was fetched")
     assert [f.name for f in model_files(model)] == ["config.json", "model.safetensors", "vocab.txt"]
     for name in ("config.json", "vocab.txt", "unet/model.safetensors"):
         (model / name).write_text("changed")
