@@ -135,7 +135,8 @@ def file_hash(path: Path) -> str:
 def model_files(model: Path) -> list[Path]:
     """Files of a model's folder that can change what the model does, sorted: no cards, recipes, logs.
 
-    Nor what is hidden, or lies in a hidden folder, such as the notes of a download. A model that is one file has this one; a model that is not there has none.
+    Nor what is hidden, or lies in a hidden folder, such as the notes of a download. A model that is one file
+    has this one; a model that is not there has none.
     """
     if model.is_file():
         return [model]
