@@ -25,7 +25,7 @@ from moa.data.annotators import ModelSource
 from moa.data.caption import CaptionConfig, Captioner
 from moa.data.segment import SegmentConfig
 from moa.evaluation.identity import AutoEmbedder, ColorEmbedder, Embedder
-from moa.evaluation.persons import PersonFinder
+from moa.evaluation.persons import PersonFinder, Persons
 from moa.evaluation.prompt import ClipJudge
 from moa.files import write_atomically
 from moa.losses import masked_loss
@@ -52,6 +52,7 @@ from moa.sampling import load_image_encoder
 
 PROBED = 4  # times as many pictures of pretraining identities for the probes of the image encoder
 Row = tuple[str, str, float, float | None, int]
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, the last two exclusive
 PROMPT = Wording(context=1.0, generic=0.0, prefix=0.0)
 LOOKS = Wording(context=1.0, generic=0.0, prefix=0.0, identity=1.0)  # and all of who it is
 
@@ -162,7 +163,7 @@ class AttributeJudge:
         return {name: logits.argmax(1).numpy() for name, logits in split.items()}
 
     def __call__(
-        self, images: Sequence[NDArray[np.uint8]], boxes: Sequence[tuple[int, int, int, int]]
+        self, images: Sequence[NDArray[np.uint8]], boxes: Sequence[Box]
     ) -> dict[str, NDArray[np.int64]]:
         """Class index [N] of every attribute, for one figure a picture."""
         size = models.JUDGE_SIZE
@@ -333,6 +334,18 @@ def draw(pipeline: Any, prompts: Sequence[str], settings: GatesConfig) -> NDArra
     return np.concatenate(parts)
 
 
+def figure_box(found: Persons) -> Box | None:
+    """The box of the largest person; None if nobody was found."""
+    return box(found.masks[0].astype(np.uint8), 0) if len(found.masks) else None
+
+
+def _drawn_right(
+    judge: AttributeJudge, images: NDArray[np.uint8], boxes: Sequence[Box | None], scenes: Sequence[Scene]
+) -> dict[str, float]:
+    """The share of pictures that show each attribute as their scene has it; judged whole where nobody is."""
+    return _accuracy(judge(list(images), [b or (0, 0, 64, 64) for b in boxes]), map(labels, scenes))
+
+
 def measure_prior(
     pipeline: Any, judge: AttributeJudge, finder: PersonFinder, settings: GatesConfig
 ) -> tuple[list[Row], NDArray[np.uint8]]:
@@ -348,9 +361,7 @@ def measure_prior(
     texts, pair_texts = ([task_caption(s, rng, PROMPT).text for s in group] for group in (scenes, pairs))
     images, pair_images = draw(pipeline, texts, settings), draw(pipeline, pair_texts, settings)
     people = finder([Image.fromarray(i) for i in images])
-    boxes = [box(p.masks[0].astype(np.uint8), 0) if len(p.masks) else None for p in people]
-    found = judge(list(images), [b or (0, 0, 64, 64) for b in boxes])
-    right = _accuracy(found, (labels(s) for s in scenes))
+    right = _drawn_right(judge, images, [figure_box(p) for p in people], scenes)
     loose_images = draw(pipeline, [loose_caption(s, rng).text for s in pairs], settings)
     two, loose = (
         float(np.mean([len(p.masks) == 2 for p in finder([Image.fromarray(i) for i in drawn])]))
@@ -373,12 +384,36 @@ def measure_prior(
     return rows, np.concatenate([images[:40], pair_images[:16], loose_images[:8]])
 
 
-def measure_likeness(
-    pipeline: Any, embedder: Embedder, finder: PersonFinder, settings: GatesConfig
+def measure_props(
+    pipeline: Any, judge: AttributeJudge, finder: PersonFinder, settings: GatesConfig
 ) -> list[Row]:
-    """IP of the prior when the prompt names all of a person's looks, and when it names none (0 if unseen).
+    """Whether what somebody holds is told apart, kept by the autoencoder, and drawn where it is named."""
+    count = settings.generated
+    scenes = [corpus.scene("validation", i, 80, pair_share=0.0, prop_share=1.0) for i in range(count)]
+    rendered = [render(scene) for scene in scenes]
+    true, boxes = np.stack([r.image for r in rendered]), [box(r.mask, 0) for r in rendered]
+    before, after = (
+        _drawn_right(judge, images, boxes, scenes)["prop"]
+        for images in (true, reconstruct(pipeline.vae, true))
+    )
+    rng = np.random.default_rng(settings.seed)
+    drawn = draw(pipeline, [caption(scene, rng, PROMPT).text for scene in scenes], settings)
+    found = [figure_box(p) for p in finder([Image.fromarray(i) for i in drawn])]
+    right = _drawn_right(judge, drawn, found, scenes)["prop"]
+    return [
+        ("attributes", "accuracy: prop", before, None, count),
+        ("autoencoder", "kept: prop", after / before if before else float("nan"), 0.95, count),
+        ("prior", "drawn as named: prop", right, 0.8, count),
+    ]
 
-    How well it could draw people whom it knew: what personalization can reach without drawing better.
+
+def measure_likeness(
+    pipeline: Any, judge: AttributeJudge, embedder: Embedder, finder: PersonFinder, settings: GatesConfig
+) -> list[Row]:
+    """Whether looks that the prompt names are drawn, and IP when it names all of them, and none.
+
+    How well the prior could draw people whom it knew: what personalization can reach without drawing better.
+    Who is not found has an IP of 0.
     """
     scenes = [
         corpus.scene("validation", i, 79, pair_share=0.0, prop_share=0.0) for i in range(settings.generated)
@@ -388,8 +423,13 @@ def measure_likeness(
     rows: list[Row] = []
     for name, wording in (("named", LOOKS), ("not named", PROMPT)):
         texts = [caption(scene, rng, wording).text for scene in scenes]
-        pictures = [Image.fromarray(i) for i in draw(pipeline, texts, settings)]
-        boxes = [box(p.masks[0].astype(np.uint8), 0) if len(p.masks) else None for p in finder(pictures)]
+        images = draw(pipeline, texts, settings)
+        pictures = [Image.fromarray(i) for i in images]
+        boxes = [figure_box(p) for p in finder(pictures)]
+        if wording is LOOKS:
+            right = _drawn_right(judge, images, boxes, scenes)
+            for attribute in IDENTITY_ATTRIBUTES:
+                rows.append(("prior", f"drawn as named: {attribute}", right[attribute], 0.8, len(scenes)))
         drawn = embedder.embed([p.crop(b) if b else p for p, b in zip(pictures, boxes, strict=True)])
         likeness = (photos * drawn).sum(1) * [b is not None for b in boxes]
         rows.append(("prior", f"IP, looks {name}", float(likeness.mean()), None, len(scenes)))
@@ -471,7 +511,8 @@ def run(settings: GatesConfig, weights: Path, cache: Path, output: Path, samples
     rows += measure_autoencoder(judge, pipeline, data)
     drawn, pictures = measure_prior(pipeline, judge, finder, settings)
     sheet(pictures).save(samples)
-    rows += drawn + measure_likeness(pipeline, embedder, finder, settings)
+    rows += drawn + measure_props(pipeline, judge, finder, settings)
+    rows += measure_likeness(pipeline, judge, embedder, finder, settings)
     write(rows + measure_decided(pipeline, data, settings.seed), output)
 
 

@@ -25,6 +25,8 @@ from moa.miniature.world import (
     ATTRIBUTES,
     CONTEXT_ATTRIBUTES,
     HAIR_COLORS,
+    IDENTITY_ATTRIBUTES,
+    PROPS,
     SKINS,
     Scene,
     identities,
@@ -490,14 +492,41 @@ def test_likeness_with_and_without_words_counts_the_unseen_as_unlike():
     masks[9] = np.zeros_like(masks[9])  # nobody is found in this picture
     pipeline = Pipeline(images * 2)
     same, half = np.eye(10), 0.5 * np.eye(10) + np.sqrt(0.75) * np.roll(np.eye(10), 1, axis=1)
-    rows = gates.measure_likeness(pipeline, Embedder(same, same, half), Finder(images, masks, 1), SETTINGS)
-    assert rows_of(rows) == pytest.approx({"IP, looks named": 0.9, "IP, looks not named": 0.45})
+    judge, finder = Knowing(known(images, scenes), wrong="glasses"), Finder(images, masks, 1)
+    rows = gates.measure_likeness(pipeline, judge, Embedder(same, same, half), finder, SETTINGS)
+    drawn = {f"drawn as named: {n}": float(n != "glasses") for n in IDENTITY_ATTRIBUTES}
+    assert rows_of(rows) == pytest.approx({"IP, looks named": 0.9, "IP, looks not named": 0.45} | drawn)
     named, unnamed = pipeline.prompts[:10], pipeline.prompts[10:]
     for scene, with_looks, without in zip(scenes, named, unnamed, strict=True):
         looks = HAIR_COLORS[scene.identities[0].hair_color] + SKINS[scene.identities[0].skin]
         assert any(word in with_looks for word in looks)
         assert scene.identities[0].class_word in without
         assert not any(word in without for word in SKINS[scene.identities[0].skin])
+
+
+def test_props_are_seen_kept_and_drawn_or_not():
+    scenes = [corpus.scene("validation", i, 80, 0.0, 1.0) for i in range(10)]
+    rendered = [render(s) for s in scenes]
+    images = [r.image for r in rendered]
+    judge, finder = Knowing(known(images, scenes)), Finder(images, [r.mask for r in rendered], 1)
+    for kept in (1.0, 0.0):
+        pipeline = Pipeline(images)
+        pipeline.vae = Autoencoder(kept)
+        rows = gates.measure_props(pipeline, judge, finder, SETTINGS)
+        assert rows == [
+            ("attributes", "accuracy: prop", 1.0, None, 10),
+            ("autoencoder", "kept: prop", kept, 0.95, 10),
+            ("prior", "drawn as named: prop", 1.0, 0.8, 10),
+        ]
+        assert all(
+            any(word in p for word in PROPS[s.prop.kind])
+            for p, s in zip(pipeline.prompts, scenes, strict=True)
+        )
+    blind = Knowing(known(images, scenes), wrong="prop")
+    pipeline = Pipeline(images)
+    pipeline.vae = Autoencoder(1.0)
+    values = [value for _, _, value, *_ in gates.measure_props(pipeline, blind, finder, SETTINGS)]
+    assert values == [0.0, pytest.approx(np.nan, nan_ok=True), 0.0]
 
 
 def test_many_pictures_are_drawn_in_batches_with_a_seed_each():
