@@ -50,7 +50,9 @@ PARTS = {
     "details": "folder of the U-Net after its second training.",
     "finish": "folder of the U-Net after its third training.",
     "text": "folder of the trained text tower.",
-    "polish": "folder of the U-Net after its last training.",
+    "polish": "folder of the U-Net after its fourth training.",
+    "props": "folder of the U-Net after its last training.",
+    "props_decoder": "folder of the autoencoder with its decoder trained further still.",
 }
 
 # stage: option: help
@@ -140,7 +142,7 @@ OWN: dict[str, dict[str, str]] = {
         "output": "CSV file to write, one row a measure.",
         "samples": "PNG file to write: pictures of the prior.",
     },
-    "pretrain": {name: PARTS[name] for name in ("vae", "clip", "unet", "details", "finish", "text")}
+    "pretrain": {part: PARTS[part] for part in PARTS if part not in ("props", "props_decoder")}
     | {
         "model": "which model to train.",
         "output": "folder of the model to make.",

@@ -13,13 +13,14 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextModel
 
 from moa.hashing import code_hash, model_hash, settings_hash
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
 from moa.miniature.recipes import annotators, clip, judges, prior, text, vae
+from moa.miniature.recipes.vae import head_weights, prop_weights
 
 Model = Literal[
     "vae",
@@ -30,6 +31,8 @@ Model = Literal[
     "finish",
     "text",
     "polish",
+    "props",
+    "props_decoder",
     "image_encoder",
     "identity",
     "attributes",
@@ -46,9 +49,15 @@ class PretrainConfig:
     budget: Budget
     images: int = 24000  # rendered scenes of the pretraining identities
     corpus_seed: int = 0
+    prop_share: float = corpus.PROP_SHARE  # of the scenes, in which somebody holds something
     threads: int = 2  # CPU threads; results depend on it in the last bits
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.prop_share <= 1:
+            raise ValueError(f"prop_share {self.prop_share} is outside 0..1")
 
+
+Weigh = Callable[[corpus.Corpus], Tensor]  # weights of pixels [N, 1, H, W]
 Parts = Mapping[str, Path]  # trained models that another one stands on, by name
 NEEDS: dict[str, tuple[str, ...]] = {
     "decoder": ("vae",),
@@ -57,6 +66,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "finish": ("vae", "clip", "details"),
     "text": ("clip",),
     "polish": ("vae", "text", "finish"),
+    "props": ("vae", "text", "polish"),
+    "props_decoder": ("decoder",),
     "image_encoder": ("clip",),
 }
 
@@ -84,22 +95,30 @@ def _tower(parts: Parts) -> CLIPTextModel:
 
 
 def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
-    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), _tower(parts))
+    autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
+    return prior.train(budget, data, folder, autoencoder, _tower(parts), head_weights(data))
 
 
 def _train_on(
-    start: str, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts, loose_share: float = 0.0
+    start: str,
+    budget: Budget,
+    data: corpus.Corpus,
+    folder: Path,
+    parts: Parts,
+    loose_share: float = 0.0,
+    weigh: Weigh = head_weights,
 ) -> tuple[nn.Module, float]:
     """Train the U-Net `start` on, for the details."""
     unet = UNet2DConditionModel.from_pretrained(parts[start])
     autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
-    return prior.train(budget, data, folder, autoencoder, _tower(parts), unet, loose_share)
+    return prior.train(budget, data, folder, autoencoder, _tower(parts), weigh(data), unet, loose_share)
 
 
 def _train_decoder(
-    budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
+    start: str, weigh: Weigh, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
-    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]))
+    """Train the decoder of the autoencoder `start` on."""
+    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts[start]), weigh(data))
 
 
 def _train_text(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
@@ -115,12 +134,14 @@ def _train_image_encoder(
 RECIPES: dict[str, Callable[[Budget, corpus.Corpus, Path, Parts], tuple[nn.Module, float]]] = {
     "vae": lambda budget, data, folder, parts: vae.train(budget, data, folder),
     "clip": lambda budget, data, folder, parts: clip.train(budget, data, folder),
-    "decoder": _train_decoder,
+    "decoder": partial(_train_decoder, "vae", head_weights),
     "unet": _train_unet,
     "details": partial(_train_on, "unet"),
     "finish": partial(_train_on, "details"),
     "text": _train_text,
     "polish": partial(_train_on, "finish", loose_share=prior.LOOSE_SHARE),
+    "props": partial(_train_on, "polish", loose_share=prior.LOOSE_SHARE, weigh=prop_weights),
+    "props_decoder": partial(_train_decoder, "decoder", prop_weights),
     "image_encoder": _train_image_encoder,
     "identity": lambda budget, data, folder, parts: judges.train_identity(budget, data, folder),
     "attributes": lambda budget, data, folder, parts: judges.train_attributes(budget, data, folder),
@@ -158,6 +179,8 @@ def run(
     details: Path | None = None,
     finish: Path | None = None,
     text: Path | None = None,
+    decoder: Path | None = None,
+    polish: Path | None = None,
 ) -> None:
     """Train one model and save it in half precision.
 
@@ -165,11 +188,22 @@ def run(
     same settings, data, code and parts goes on, until the model is saved. Parts that are missing are named
     before any scene is rendered; see `check_parts`.
     """
-    given = {"vae": vae, "clip": clip, "unet": unet, "details": details, "finish": finish, "text": text}
+    given = {
+        "vae": vae,
+        "clip": clip,
+        "unet": unet,
+        "details": details,
+        "finish": finish,
+        "text": text,
+        "decoder": decoder,
+        "polish": polish,
+    }
     parts = {name: folder for name, folder in given.items() if folder is not None}
     check_parts(model, parts)
     torch.set_num_threads(settings.threads)
-    data = corpus.load("pretrain", settings.images, settings.corpus_seed, cache)
+    data = corpus.load(
+        "pretrain", settings.images, settings.corpus_seed, cache, prop_share=settings.prop_share
+    )
     torch.manual_seed(settings.budget.seed)
     key = settings_hash(
         {
@@ -210,12 +244,14 @@ def assemble(
     finish: Path,
     text: Path,
     polish: Path,
+    props: Path,
+    props_decoder: Path,
     prior: Path,
 ) -> None:
     """Join trained parts into the prior in diffusers' folder layout."""
     pipeline = models.assemble_prior(
-        AutoencoderKL.from_pretrained(decoder),
-        UNet2DConditionModel.from_pretrained(polish),
+        AutoencoderKL.from_pretrained(props_decoder),
+        UNet2DConditionModel.from_pretrained(props),
         CLIPTextModel.from_pretrained(text, dtype=torch.float32),
     )
     pipeline.to(dtype=torch.float16).save_pretrained(prior, safe_serialization=True)
@@ -228,6 +264,8 @@ def assemble(
         "finish": finish,
         "text": text,
         "polish": polish,
+        "props": props,
+        "props_decoder": props_decoder,
     }
     for name, source in sources.items():
         for file in ("recipe.json", "log.csv"):

@@ -257,6 +257,13 @@ def background(context: Context, size: int = 64) -> Pixels:
     return _background(context.background, context.background_color, context.background_seed, size)
 
 
+def prop_mask(scene: Scene, size: int = 64) -> NDArray[np.bool_]:
+    """Where the scene's prop is: [size, size], empty without one."""
+    if scene.prop is None:
+        return np.zeros((size, size), bool)
+    return _prop(scene.prop, scene.context.appearances[scene.prop.figure].pose, size)[..., 3] >= 128
+
+
 def render(scene: Scene, size: int = 64) -> Rendered:
     """Draw a scene on size × size pixels: later figures before earlier ones, the prop before all of them."""
     context = scene.context

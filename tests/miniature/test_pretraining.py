@@ -40,6 +40,7 @@ from moa.miniature.recipes import vae as vae_recipe
 from moa.miniature.recipes import vision
 from moa.miniature.recipes.judges import box
 from moa.miniature.recipes.prior import encode_texts
+from moa.miniature.render import render
 from moa.miniature.tokenizer import load_tokenizer
 from moa.miniature.world import APPEARANCE_ATTRIBUTES, ATTRIBUTES, BACKGROUND_ATTRIBUTES, EXPRESSIONS
 from tests.miniature.trainings import copied, equal, log, weights
@@ -53,6 +54,8 @@ LOADERS = {
     "finish": UNet2DConditionModel,
     "text": CLIPTextModel,
     "polish": UNet2DConditionModel,
+    "props": UNet2DConditionModel,
+    "props_decoder": AutoencoderKL,
     "image_encoder": CLIPVisionModelWithProjection,
     "identity": ResNetModel,
     "attributes": AutoModelForImageClassification,
@@ -69,7 +72,7 @@ PIXELS = {  # what the processor beside a model makes of a picture
     "segmenter": 128,
     "captioner": 64,
 }
-PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish", "text", "polish")
+PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish", "text", "polish", "props", "props_decoder")
 CONFIG = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
 
 
@@ -221,7 +224,7 @@ def test_figure_crops_contain_their_figure(data):
 
 
 def test_heads_weigh_more_than_what_is_around_them(data):
-    weights = vae_recipe.head_weights(data.masks)[:, 0].numpy()
+    weights = vae_recipe.head_weights(data)[:, 0].numpy()
     assert weights.shape == data.masks.shape
     assert set(np.unique(weights)) == {1.0, 1 + vae_recipe.HEAD_WEIGHT}
     assert (weights[data.masks == 0] == 1).all()
@@ -232,6 +235,22 @@ def test_heads_weigh_more_than_what_is_around_them(data):
             assert set(high) == {0.0, 1.0}
             assert high == sorted(high, reverse=True)
             assert 0.6 < np.mean(high) < 0.8
+
+
+def test_what_somebody_holds_weighs_as_much_as_a_head():
+    held = [corpus.scene("pretrain", i, 5, prop_share=1.0) for i in range(6)]
+    pictures = [render(scene) for scene in held]
+    bare = np.stack([render(replace(scene, prop=None)).image for scene in held])
+    images, masks = np.stack([p.image for p in pictures]), np.stack([p.mask for p in pictures])
+    data = corpus.Corpus(images, masks, tuple(held), "")
+    heads, both = (weigh(data)[:, 0].numpy() for weigh in (vae_recipe.head_weights, vae_recipe.prop_weights))
+    added = both > heads
+    assert (both[added] == 1 + vae_recipe.PROP_WEIGHT).all() and (both == heads)[~added].all()
+    changed = (images != bare).any(axis=3)
+    assert (added & changed).sum() > 0.95 * added.sum()  # only where the prop changed the picture ...
+    assert (
+        added & changed
+    ).sum() > 0.75 * changed.sum()  # ... and nearly wherever it did, but for soft edges
 
 
 @pytest.mark.parametrize("web", [False, True])
@@ -367,6 +386,8 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
         ("text", ["vae"], "text needs --clip:"),
         ("polish", ["vae", "clip", "details"], "polish needs --text, --finish:"),
         ("decoder", ["clip"], "decoder needs --vae:"),
+        ("props", ["vae", "text"], "props needs --polish:"),
+        ("props_decoder", ["vae"], "props_decoder needs --decoder:"),
         ("image_encoder", ["vae"], "image_encoder needs --clip:"),
     ],
 )
@@ -453,10 +474,10 @@ def test_the_text_tower_and_the_last_u_net_alone_learn_from_loose_captions(
         return captions(self, indices, rng, web_share, loose_share)
 
     monkeypatch.setattr(corpus.Corpus, "captions", spy)
-    names = ("vae", "clip", "unet", "details", "finish", "text", "polish")
+    names = ("vae", "clip", "unet", "details", "finish", "text", "polish", "props", "props_decoder")
     parts = {name: trained(name) for name in names}
     shares = {}
-    for model in ("details", "finish", "text", "polish"):
+    for model in ("details", "finish", "text", "polish", "props", "props_decoder"):
         asked.clear()
         pretrain.RECIPES[model](Budget(steps=1, batch_size=2, lr=1e-3), data, tmp_path / model, parts)
         [shares[model]] = asked

@@ -16,7 +16,7 @@ from tests.workflow.conftest import Run
 
 pytestmark = pytest.mark.slow
 
-PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish", "text", "polish")
+PRIOR = ("vae", "decoder", "clip", "unet", "details", "finish", "text", "polish", "props", "props_decoder")
 SHIPPED = yaml.safe_load((ROOT / "config/miniature.yaml").read_text())["pretrain"]
 
 

@@ -1,7 +1,7 @@
 # The miniature's own models, from nothing: `snakemake pretrain`. The main job starts from the shipped ones; set
 # `weights: results/pretrain/weights` to start from these.
 PRETRAINED = "results/pretrain"
-PARTS = ["vae", "decoder", "clip", "unet", "details", "finish", "text", "polish"]
+PARTS = ["vae", "decoder", "clip", "unet", "details", "finish", "text", "polish", "props", "props_decoder"]
 NEEDS = {
     "decoder": ["vae"],
     "unet": ["vae", "clip"],
@@ -9,6 +9,8 @@ NEEDS = {
     "finish": ["vae", "clip", "details"],
     "text": ["clip"],
     "polish": ["vae", "text", "finish"],
+    "props": ["vae", "text", "polish"],
+    "props_decoder": ["decoder"],
     "image_encoder": ["clip"],
 }
 WHOLE = ["image_encoder", "identity", "attributes", "clip_judge", "segmenter", "captioner"]
@@ -70,7 +72,8 @@ rule assemble_prior:
         "Joining the prior's parts"
     shell:
         "python -m moa assemble --vae {input.vae} --decoder {input.decoder} --clip {input.clip} --unet {input.unet}"
-        " --details {input.details} --finish {input.finish} --text {input.text} --polish {input.polish} --prior {output} > {log} 2>&1"
+        " --details {input.details} --finish {input.finish} --text {input.text} --polish {input.polish} --props {input.props}"
+        " --props-decoder {input.props_decoder} --prior {output} > {log} 2>&1"
 
 
 rule publish_model:

@@ -18,10 +18,12 @@ from moa.miniature import models
 from moa.miniature.corpus import Corpus
 from moa.miniature.fit import Budget, LossFunction, fit
 from moa.miniature.recipes.judges import box
+from moa.miniature.render import prop_mask
 
 KL_WEIGHT = 1e-6  # as in latent diffusion: latents stay smooth and near unit scale
 EDGE_WEIGHT = 1.0
 HEAD_WEIGHT = 3.0  # added to the loss where a figure's head is: a mouth is a few pixels of 4,096
+PROP_WEIGHT = 3.0  # added, in the last trainings, where somebody holds something
 HEAD_SHARE = 0.7  # upper part of a figure's box that counts as its head
 
 
@@ -30,8 +32,9 @@ def pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def head_weights(masks: np.ndarray) -> Tensor:
-    """Id maps [N, H, W] → weights of pixels [N, 1, H, W], 1, or 1 + HEAD_WEIGHT on the figures' heads."""
+def head_weights(corpus: Corpus) -> Tensor:
+    """Weights of pixels [N, 1, H, W]: 1, or 1 + HEAD_WEIGHT on the figures' heads."""
+    masks = corpus.masks
     heads = np.zeros(masks.shape, bool)
     for mask, head in zip(masks, heads, strict=True):
         for figure in range(int(mask.max())):
@@ -40,6 +43,15 @@ def head_weights(masks: np.ndarray) -> Tensor:
                 neck = bounds[1] + round(HEAD_SHARE * (bounds[3] - bounds[1]))
                 head[:neck] |= mask[:neck] == figure + 1
     return 1 + HEAD_WEIGHT * torch.from_numpy(heads)[:, None].float()
+
+
+def prop_weights(corpus: Corpus) -> Tensor:
+    """Weights of pixels [N, 1, H, W]: those of heads, and 1 + PROP_WEIGHT on props."""
+    weights = head_weights(corpus)
+    for weight, scene in zip(weights, corpus.scenes, strict=True):
+        if scene.prop is not None:
+            weight[0, torch.from_numpy(prop_mask(scene, weight.shape[-1]))] = 1 + PROP_WEIGHT
+    return weights
 
 
 @torch.no_grad()
@@ -91,11 +103,10 @@ def train(budget: Budget, corpus: Corpus, folder: Path) -> tuple[nn.Module, floa
 
 
 def train_decoder(
-    budget: Budget, corpus: Corpus, folder: Path, model: AutoencoderKL
+    budget: Budget, corpus: Corpus, folder: Path, model: AutoencoderKL, weights: Tensor
 ) -> tuple[nn.Module, float]:
-    """Train the decoder on, with more weight on heads; encoder and latents stay as they are."""
+    """Train the decoder on; encoder and latents stay as they are. `weights` of pixels: [N, 1, H, W]."""
     latents = encode_latents(model.eval(), corpus.images) / model.config.scaling_factor
-    weights = head_weights(corpus.masks)
     model.requires_grad_(False)
     for part in (model.decoder, model.post_quant_conv):
         part.requires_grad_(True)
