@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moa.miniature.corpus import PROP_SHARE
+
 ABOUT = {
     "prior": "A small Stable Diffusion (CLIPTextModel, AutoencoderKL, UNet2DConditionModel) of this world.",
     "image_encoder": "The subject encoder: the vision tower of the CLIP whose text tower the prior uses.",
@@ -34,6 +36,12 @@ tags: [moa, miniature]
 """
 
 
+def _held(settings: dict[str, Any]) -> str:
+    """What is said of a corpus with more props than others have."""
+    share = settings.get("prop_share", PROP_SHARE)
+    return "" if share == PROP_SHARE else f", with a prop in {share:.0%}"
+
+
 def _recipe(file: Path) -> str:
     """One trained part: what a reader needs to train it again."""
     recipe = json.loads(file.read_text())
@@ -45,7 +53,8 @@ def _recipe(file: Path) -> str:
         f"{budget['weight_decay']:g}, EMA {budget['ema']:g}, seed {budget['seed']}; "
         f"{recipe['seconds'] / 60:.0f} minutes with {recipe['settings']['threads']} thread(s) of a "
         f"{recipe['processor']} processor, torch {recipe['torch']}. Data: {recipe['settings']['images']} "
-        f"rendered scenes of the pretraining identities, SHA-256 `{recipe['data_sha256'][:16]}…`. "
+        f"rendered scenes of the pretraining identities{_held(recipe['settings'])}, SHA-256 "
+        f"`{recipe['data_sha256'][:16]}…`. "
         f"Log: `{file.name.replace('recipe.json', 'log.csv')}`."
     )
 

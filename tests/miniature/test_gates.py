@@ -496,6 +496,11 @@ def test_likeness_with_and_without_words_counts_the_unseen_as_unlike():
     rows = gates.measure_likeness(pipeline, judge, Embedder(same, same, half), finder, SETTINGS)
     drawn = {f"drawn as named: {n}": float(n != "glasses") for n in IDENTITY_ATTRIBUTES}
     assert rows_of(rows) == pytest.approx({"IP, looks named": 0.9, "IP, looks not named": 0.45} | drawn)
+    counts = {measure: count for _, measure, *_, count in rows}
+    for attribute in ("glasses", "facial_hair"):  # nobody's prompt says that glasses or a beard are lacking
+        worn = sum(getattr(s.identities[0], attribute) != "none" for s in scenes)
+        assert 0 < counts[f"drawn as named: {attribute}"] == worn < 10
+    assert counts["drawn as named: top"] == 10
     named, unnamed = pipeline.prompts[:10], pipeline.prompts[10:]
     for scene, with_looks, without in zip(scenes, named, unnamed, strict=True):
         looks = HAIR_COLORS[scene.identities[0].hair_color] + SKINS[scene.identities[0].skin]
