@@ -1,31 +1,47 @@
-"""The `look-at-references` stage: what the judges see in the subjects' photos.
-
-Scores need only the own reference of an image; leaks and swaps need those of others too.
-"""
+"""The `look-at-references` stage: what the judges see in the subjects' photos, once for all."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from PIL import Image
+
+from moa.data.errors import DataError
 from moa.data.subjects import read_subjects
-from moa.evaluation import features, samples
+from moa.evaluation import features
+from moa.evaluation.features import Features
 from moa.evaluation.judges import Judges, ScoreConfig
-from moa.evaluation.score import reference_features
 
 
-def look(config: ScoreConfig, made: Sequence[str | Path], subjects: str | Path, output: str | Path) -> None:
-    """Write the features of the photos of everyone who was to be shown.
+def look(config: ScoreConfig, subjects: str | Path, output: str | Path) -> None:
+    """Write the features of every subject's photo; one without a face is an error only where it counts.
 
     Args:
         config: the judges, those that score.
-        made: `SAMPLE` files, which name the subjects.
-        subjects: the split's subjects file.
+        subjects: a split's subjects file.
         output: features by the subject's id.
-
-    Raises:
-        DataError: a subject without photo, or a photo without a face.
     """
     photos = {name: subject.image for name, subject in read_subjects(subjects).items()}
-    names = {name for row in samples.read(made) for name in row["subjects"]}
-    features.write(output, reference_features(Judges(config), photos, names))
+    features.write(output, look_at_photos(Judges(config), photos))
+
+
+def look_at_photos(judges: Judges, photos: Mapping[str, Image.Image]) -> dict[str, Features]:
+    """Features of photos, by the ids of the subjects."""
+    names = sorted(photos)
+    return dict(zip(names, judges.look([photos[name] for name in names]), strict=True))
+
+
+def faces_of(references: Mapping[str, Features], names: Iterable[str]) -> dict[str, Features]:
+    """The references of `names`. Raises DataError for one that is missing or shows no face."""
+    wanted = sorted(set(names))
+    missing = [name for name in wanted if name not in references]
+    if missing:
+        raise DataError(f"no photo of subject {', '.join(missing)}; is the subjects file of another split?")
+    faceless = [name for name in wanted if not len(references[name].detection.boxes)]
+    if faceless:
+        raise DataError(
+            f"no face found in the photo of subject {', '.join(faceless)}: take another photo or subject, "
+            "or lower detector.threshold"
+        )
+    return {name: references[name] for name in wanted}

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from moa.data.errors import DataError
 from moa.data.subjects import read_subjects
 from moa.evaluation import features, samples
 from moa.evaluation.features import Features
 from moa.evaluation.identity import score as score_identity
 from moa.evaluation.judges import Judges, ScoreConfig, look_at_files
+from moa.evaluation.references import faces_of
 from moa.evaluation.samples import MADE, Row
 from moa.methods import WRONG_SUBJECT, Subject, wrong_subjects
 
@@ -23,6 +22,7 @@ def score(
     config: ScoreConfig,
     made: Sequence[str | Path],
     subjects: str | Path,
+    references: str | Path,
     results: str | Path,
     samples_out: str | Path,
     features_out: str | Path,
@@ -32,7 +32,8 @@ def score(
     Args:
         config: the judges.
         made: parquet files of `MADE` rows, of any methods and kinds of one split.
-        subjects: the split's subjects file, whose photos are the references.
+        subjects: the split's subjects file: whom a method that is shown others sees.
+        references: features of the subjects' photos, by id (`look-at-references`).
         results: the folder that the rows' paths start from.
         samples_out: `SAMPLE` rows are written here.
         features_out: and here what the judges saw, for metrics to come.
@@ -42,33 +43,14 @@ def score(
     """
     rows = sorted(samples.read(made, MADE), key=samples.sort_key)
     people = read_subjects(subjects)
-    photos = {name: subject.image for name, subject in people.items()}
+    wanted = faces_of(features.read(references), {name for row in rows for name in row["subjects"]})
     judges = Judges(config)
-    references = reference_features(judges, photos, {name for row in rows for name in row["subjects"]})
     seen = look_at_files(judges, Path(results), list(dict.fromkeys(row["path"] for row in rows)))
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True)) if prompts else {}
     features.write(features_out, seen)
-    scored = [score_row(row, seen[row["path"]], references, texts[row["prompt"]]) for row in rows]
+    scored = [score_row(row, seen[row["path"]], wanted, texts[row["prompt"]]) for row in rows]
     samples.write(samples_out, [row | {"members": members(row, people)} for row in scored])
-
-
-def reference_features(
-    judges: Judges, photos: Mapping[str, Image.Image], names: set[str]
-) -> dict[str, Features]:
-    """Features of the wanted subjects' photos. Raises DataError for one that is missing or shows no face."""
-    missing = sorted(names - set(photos))
-    if missing:
-        raise DataError(f"no photo of subject {', '.join(missing)}; is the subjects file of another split?")
-    ordered = sorted(names)
-    found = dict(zip(ordered, judges.look([photos[name] for name in ordered]), strict=True))
-    faceless = [name for name in ordered if not len(found[name].detection.boxes)]
-    if faceless:
-        raise DataError(
-            f"no face found in the photo of subject {', '.join(faceless)}: take another photo or subject, "
-            "or lower detector.threshold"
-        )
-    return found
 
 
 def members(row: Row, people: Mapping[str, Subject]) -> list[str]:

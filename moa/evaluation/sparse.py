@@ -24,9 +24,9 @@ from moa.evaluation.context import psnr
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig
 from moa.evaluation.identity import score as score_identity
 from moa.evaluation.judges import Judges, ScoreConfig
+from moa.evaluation.references import faces_of, look_at_photos
 from moa.evaluation.router import MoARecorder, Recording
 from moa.evaluation.samples import REQUEST
-from moa.evaluation.score import reference_features
 from moa.evaluation.statistics import interval
 from moa.evaluation.table import Table, limits, save
 from moa.methods import MethodConfig, ModelSource, Request, Sampling
@@ -160,7 +160,7 @@ def run(
     shares = active_shares(moa, wanted, config.thresholds)
     judges = config.judges()
     names = {name for row in rows for name in row["subjects"]}
-    references = reference_features(judges, {name: s.image for name, s in people.items()}, names)
+    references = faces_of(look_at_photos(judges, {name: people[name].image for name in names}), names)
 
     def identity(images: Sequence[Image.Image]) -> list[float]:
         return [

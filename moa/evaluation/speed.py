@@ -35,8 +35,9 @@ from moa.evaluation.identity import FaceNetEmbedder, MTCNNDetector
 from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.persons import PersonFinder
 from moa.evaluation.prompt import ClipJudge
+from moa.evaluation.references import faces_of, look_at_photos
 from moa.evaluation.samples import Row
-from moa.evaluation.score import reference_features, score_row
+from moa.evaluation.score import score_row
 from moa.files import write_atomically
 from moa.machine import processor
 from moa.methods import ModelSource
@@ -143,9 +144,9 @@ def score(judges: Judges, pictures: Pictures, size: int) -> Values:
     found = []
     for part in in_parts(list(zip(pictures.rows, pictures.images, strict=True)), size):
         rows, images = zip(*part, strict=True)
-        references = reference_features(
-            judges, pictures.photos, {name for row in rows for name in row["subjects"]}
-        )
+        names = {name for row in rows for name in row["subjects"]}
+        photos = {name: pictures.photos[name] for name in names}
+        references = faces_of(look_at_photos(judges, photos), names)
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         texts = dict(zip(prompts, judges.clip.text_features(prompts), strict=True))
         seen = [f for few in in_parts(images, judges.config.batch_size) for f in judges.look(few)]

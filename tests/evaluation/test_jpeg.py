@@ -15,7 +15,8 @@ from moa.evaluation import speed
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig, unit
 from moa.evaluation.judges import Judges
 from moa.evaluation.prompt import ClipJudge
-from moa.evaluation.score import reference_features, score_row
+from moa.evaluation.references import look_at_photos
+from moa.evaluation.score import score_row
 from moa.evaluation.speed import Pictures, SpeedConfig
 from moa.methods import ModelSource
 from moa.miniature.render import render
@@ -51,7 +52,7 @@ def as_tensors(judge: ClipJudge, images: list[Image.Image]) -> np.ndarray:
 
 def scores(judges: Judges, pictures: Pictures, images: list[Image.Image]) -> np.ndarray:
     """IP and PC [N, 2], as the project takes them."""
-    references = reference_features(judges, pictures.photos, set(pictures.photos))
+    references = look_at_photos(judges, pictures.photos)
     texts = judges.clip.text_features([row["prompt"] for row in pictures.rows])
     seen = judges.look(images)
     scored = [

@@ -12,7 +12,7 @@ from PIL import Image
 
 from moa.data.errors import DataError
 from moa.data.records import read_rows
-from moa.evaluation import features, samples, score, swaps
+from moa.evaluation import features, references, samples, score, swaps
 from moa.evaluation.identity import DetectorConfig, EmbedderConfig
 from moa.evaluation.judges import Judges, ScoreConfig
 from moa.evaluation.samples import KEPT, MADE
@@ -22,7 +22,8 @@ from moa.methods import ModelSource
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Images: of each subject its own colour on the left; of pairs both colours; s3 is left out (black)."""
-    monkeypatch.setattr(score, "Judges", ColorJudges)
+    for module in (references, score):
+        monkeypatch.setattr(module, "Judges", ColorJudges)
     rows = [row for kind in ("single", "multi", "swap") for row in make_rows(kind, ("moa",))]
     for row in rows:
         colors = [COLORS[int(name[1:])] if name != "s3" else "black" for name in row["subjects"]]
@@ -39,10 +40,13 @@ def results(tmp_path, monkeypatch):
 
 
 def run(results, subjects_file):
+    config = ScoreConfig(ModelSource("clip"), ModelSource("segmenter"))
+    references.look(config, subjects_file, results / "references.parquet")
     score.score(
-        ScoreConfig(ModelSource("clip"), ModelSource("segmenter")),
+        config,
         [results / "made.parquet"],
         subjects_file,
+        results / "references.parquet",
         results,
         results / "samples.parquet",
         results / "features.parquet",
@@ -122,7 +126,7 @@ def test_faceless_reference_is_named(results, subjects_file, monkeypatch):
         (ColorJudges,),
         {"look": lambda self, images: [self._look(np.zeros((8, 8, 3))) for _ in images]},
     )
-    monkeypatch.setattr(score, "Judges", blind)
+    monkeypatch.setattr(references, "Judges", blind)
     with pytest.raises(DataError, match="no face found in the photo of subject s0, s1"):
         run(results, subjects_file)
 

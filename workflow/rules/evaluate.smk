@@ -44,10 +44,38 @@ MEASURED = {
 TABLES = [*QUALITY, *DETAILS, *CLAIMS, *ABLATIONS, *COST, *ROUTER, *ANNOTATION]
 
 
+rule look_at_references:
+    input:
+        subjects=f"{OUT}/subjects/{{split}}.parquet",
+        models=models("clip_judge", "segmenter", "identity", "detector"),
+        weighed=WEIGHED,
+    output:
+        f"{OUT}/references/{{split}}.parquet",
+    log:
+        f"{OUT}/logs/look_at_references/{{split}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/look_at_references/{{split}}.tsv"
+    conda:
+        "../../envs/models.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        gpu=GPU,
+    params:
+        config=settings("look-at-references"),
+        code=code("look-at-references"),
+    message:
+        "Looking at the photos of the {wildcards.split} subjects"
+    shell:
+        "python -m moa look-at-references --config {params.config:q} --subjects {input.subjects} --output {output}"
+        " > {log} 2>&1"
+
+
 rule score:
     input:
         made=lambda wildcards: MADE[wildcards.method],
         subjects=f"{OUT}/subjects/test.parquet",
+        references=f"{OUT}/references/test.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
         weighed=WEIGHED,
     output:
@@ -71,7 +99,8 @@ rule score:
         "Scoring {wildcards.method}"
     shell:
         "python -m moa score --config {params.config:q} --made {input.made} --subjects {input.subjects}"
-        " --results {params.results} --samples-out {output.samples} --features-out {output.features} > {log} 2>&1"
+        " --references {input.references} --results {params.results} --samples-out {output.samples} --features-out {output.features}"
+        " > {log} 2>&1"
 
 
 rule merge_samples:
@@ -153,34 +182,6 @@ rule quality_tables:
         " --output {params.folder} > {log} 2>&1"
 
 
-rule look_at_references:
-    input:
-        samples=f"{OUT}/samples.parquet",
-        subjects=f"{OUT}/subjects/test.parquet",
-        models=models("clip_judge", "segmenter", "identity", "detector"),
-        weighed=WEIGHED,
-    output:
-        f"{OUT}/scores/references.parquet",
-    log:
-        f"{OUT}/logs/look_at_references.log",
-    benchmark:
-        f"{OUT}/benchmarks/look_at_references.tsv"
-    conda:
-        "../../envs/models.yaml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        gpu=GPU,
-    params:
-        config=settings("look-at-references"),
-        code=code("look-at-references"),
-    message:
-        "Looking at the subjects' photos"
-    shell:
-        "python -m moa look-at-references --config {params.config:q} --made {input.samples}"
-        " --subjects {input.subjects} --output {output} > {log} 2>&1"
-
-
 rule compare_prior:
     input:
         samples=f"{OUT}/scores/{{method}}.parquet",
@@ -251,7 +252,7 @@ rule measure:
     input:
         samples=f"{OUT}/scores/{{method}}.parquet",
         features=f"{OUT}/scores/{{method}}-features.parquet",
-        references=f"{OUT}/scores/references.parquet",
+        references=f"{OUT}/references/test.parquet",
     output:
         f"{OUT}/scores/{{method}}-measures.parquet",
     log:

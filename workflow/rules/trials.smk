@@ -44,6 +44,7 @@ use rule score as trial_score with:
     input:
         made=f"{TRIAL}/made.parquet",
         subjects=f"{OUT}/subjects/validation.parquet",
+        references=f"{OUT}/references/validation.parquet",
         models=models("clip_judge", "segmenter", "identity", "detector"),
         weighed=WEIGHED,
     output:
