@@ -167,17 +167,33 @@ def fieller(a: float, b: float, margin: Floats) -> list[float]:
     return [float((product + sign * np.sqrt(under)) / square) for sign in (-1, 1)] if under >= 0 else []
 
 
-def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]]) -> Interval:
-    """Slope of y [N] on x [N] by least squares, with a linearised (delta-method) interval.
+def slopes(weights: Floats, x: Floats, y: Floats) -> Floats:
+    """Slopes [K] of y [N] on x [N] by least squares with weights [K, N]; NaN where x does not vary."""
+    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    mean = weights @ x
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance = weights @ (x * x) - mean**2
+        return (weights @ (x * y) - mean * (weights @ y)) / np.where(variance > 1e-12, variance, np.nan)
+
+
+def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]], level: float = 0.95) -> Interval:
+    """Slope of y [N] on x [N] by least squares, with the limits of a jackknife over subjects.
+
+    Subjects with unusual x pull the line to themselves, so their residuals say too little of what it may be;
+    the slopes without each of them do not. Deviations from the slope of all, scaled as for a mean of G
+    subjects, √((G − 1)/G Σ), times t of G − 1. NaN where without somebody x does not vary.
 
     Raises:
         ValueError: x does not vary.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    a, b = a - a.mean(), b - b.mean()
-    variance = float(np.mean(a * a))
-    if variance == 0:
+    if not np.ptp(a):
         raise ValueError("x does not vary, so there is no slope")
-    value = float(np.mean(a * b)) / variance
-    linear = interval(a * (b - value * a) / variance, members)
-    return Interval(value, value + linear.low, value + linear.high)
+    a, b = (a - a.mean()) / a.std(), b - b.mean()
+    names = sorted(set().union(*members))
+    others = np.array([[name not in group for group in members] for name in names], dtype=float)
+    own, *left = slopes(np.vstack([np.ones(len(a)), others]), a, b) / np.std(np.asarray(x, dtype=float))
+    count = len(names)
+    spread = np.sqrt((count - 1) / count * np.sum((np.array(left) - own) ** 2))
+    half = stats.t.ppf((1 + level) / 2, count - 1) * spread if count > 1 else np.nan
+    return Interval(float(own), float(own - half), float(own + half))

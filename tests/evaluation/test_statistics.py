@@ -66,14 +66,16 @@ def test_dyadic_variance_equals_the_double_sum():
     assert (found.high - found.low) / 2 == pytest.approx(stats.t.ppf(0.975, 14) * np.sqrt(variance))
 
 
-def simulated(rng: np.random.Generator, design: str, effects: str, noise: float, repeats: int) -> np.ndarray:
-    """[4 images of each set of subjects, repeats] of mean 0: the effects of its subjects, and noise.
+def simulated(
+    rng: np.random.Generator, design: str, effects: str, noise: float, repeats: int, images: int = 4
+) -> np.ndarray:
+    """[images of each set of subjects, repeats] of mean 0: the effects of its subjects, and noise.
 
     `noise` is the spread of what a set has of its own, and again of what an image has.
     """
     index = np.array([[SUBJECTS.index(name) for name in members] for members in DESIGNS[design]])
     sets = EFFECTS[effects](rng, (15, repeats))[index].sum(axis=1)
-    x = np.repeat(sets + noise * rng.normal(size=sets.shape), 4, axis=0)
+    x = np.repeat(sets + noise * rng.normal(size=sets.shape), images, axis=0)
     return x + noise * rng.normal(size=x.shape)
 
 
@@ -93,6 +95,21 @@ def test_coverage(design, effects, noise, least, most):
     x = simulated(np.random.default_rng(2), design, effects, noise, 6000)
     _, low, high = cluster_intervals(x, [m for m in DESIGNS[design] for _ in range(4)])
     assert least <= ((low <= 0) & (high >= 0)).mean() <= most
+
+
+@pytest.mark.parametrize("noise", [0, 0.3, 1, 3])
+@pytest.mark.parametrize("gaps", [False, True], ids=["unequal", "gaps"])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_coverage_where_counts_differ(design, gaps, noise):
+    """One to eight images a set, or a third of the images without a value (nobody was found): as above."""
+    members = [m for m in DESIGNS[design] for _ in range(8)]
+    x = simulated(np.random.default_rng(11), design, "normal", noise, 2000, images=8)
+    image, sets = np.arange(len(members)) % 8, np.arange(len(members)) // 8
+    kept = np.random.default_rng(5).random(len(members)) > 1 / 3 if gaps else image <= sets % 8
+    rows = np.flatnonzero(kept)
+    _, low, high = cluster_intervals(x[rows], [members[row] for row in rows])
+    most = 1.0 if design in EIGHT else 0.985
+    assert 0.93 <= ((low <= 0) & (high >= 0)).mean() <= most
 
 
 @pytest.mark.parametrize("noise", [0.3, 1])
@@ -158,18 +175,47 @@ def test_an_exact_ratio_is_exact():
     assert (found.low, found.mean, found.high) == pytest.approx((0.9, 0.9, 0.9), abs=1e-6)
 
 
-def test_slope_is_least_squares_and_covers():
-    rng = np.random.default_rng(5)
-    inside, members = 0, [(name,) for name in SUBJECTS for _ in range(10)]
-    for _ in range(600):
-        x = rng.normal(size=150)
-        y = 0.5 * x + np.repeat(rng.normal(size=15), 10) * x + rng.normal(size=150)  # subjects' own slopes
-        found = slope(x, y, members)
+def lines(rng: np.random.Generator, members: list[tuple[str, ...]], kind: str, noise: float):
+    """x and y = x/2 + effects, of 4 images a set: subjects' `own` slopes, an x that is theirs, or groups."""
+    sets = np.array([[SUBJECTS.index(name) for name in group] for group in members])
+
+    def effects() -> np.ndarray:
+        return np.repeat(rng.normal(size=15)[sets].sum(axis=1), 4)
+
+    size = 4 * len(members)
+    x = {
+        "own": lambda: rng.normal(size=size),
+        "theirs": lambda: effects() + 0.5 * rng.normal(size=size),
+        "groups": lambda: np.tile([0.0, 0.0, 1.0, 1.0], len(members)),
+    }[kind]()
+    y = 0.5 * x + effects() + (effects() * x if kind != "theirs" else 0)
+    return x, y + np.repeat(noise * rng.normal(size=len(members)), 4) + noise * rng.normal(size=size)
+
+
+@pytest.mark.parametrize("noise", [0.3, 1])
+@pytest.mark.parametrize("kind", ["own", "theirs", "groups"])
+@pytest.mark.parametrize("design", ["single", "pairs", "ring", "swaps", "ring of 8", "swaps of 8"])
+def test_slope_covers(design, kind, noise):
+    """400 repeats know a share to ±.02."""
+    rng, members = np.random.default_rng(5), [m for m in DESIGNS[design] for _ in range(4)]
+    inside = 0
+    for _ in range(400):
+        found = slope(*lines(rng, DESIGNS[design], kind, noise), members)
         inside += found.low <= 0.5 <= found.high
-    assert found.mean == pytest.approx(stats.linregress(x, y).slope)
-    assert 0.92 <= inside / 600 <= 0.98
+    assert 0.9 <= inside / 400 <= 0.99
+
+
+def test_slope_is_least_squares_and_that_of_a_mean_for_two_groups():
+    rng, members = np.random.default_rng(5), [(name,) for name in SUBJECTS for _ in range(10)]
+    x, y = rng.normal(3, 2, size=150), rng.normal(size=150)
+    assert slope(x, y, members).mean == pytest.approx(stats.linregress(x, y).slope)
+    half = np.tile([0.0, 1.0], 75)  # each subject is in both groups as often: the difference of its means
+    found, paired = slope(half, y, members), interval((y[1::2] - y[::2]), members[::2])
+    assert (found.mean, found.low, found.high) == pytest.approx((paired.mean, paired.low, paired.high))
     with pytest.raises(ValueError, match="does not vary"):
-        slope(np.ones(150), y, members)
+        slope(np.full(150, 0.1), y, members)
+    one = slope([0.0, 1.0, 0.0], [1.0, 2.0, 1.5], [("a",), ("a",), ("b",)])  # without a, x does not vary
+    assert np.isfinite(one.mean) and np.isnan([one.low, one.high]).all()
 
 
 @pytest.mark.parametrize("members", [[("a",)] * 3, [("a", "b"), ("b", "c"), ("a", "c")]])
