@@ -140,7 +140,7 @@ rule model_cards:
         "python -m moa cards --weights {params.weights} --gates {input} > {log} 2>&1"
 
 
-# The prior as the repository shipped it before it learnt to read its words apart (stages `text` and `polish`): what
+# The prior as the repository shipped it before it learnt to read its words apart (stages `text`, `polish`, `props`): what
 # the ablation `another-prior` trains on.
 rule earlier_prior:
     output:
