@@ -149,14 +149,11 @@ def slope_within_prompts(y: Values, x: Values) -> tuple[Interval, int]:
     prompts = [unit.split("/")[-2] for unit in units]
     if len(units) < 2:
         raise NotMeasured("fewer than two images with both measures")
-    a, b = (np.array([values.of[unit] for unit in units]) for values in (x, y))
-    for prompt in set(prompts):
-        same = np.array([other == prompt for other in prompts])
-        for values in (a, b):
-            values[same] -= values[same].mean()
-    if not np.ptp(a):
-        raise NotMeasured("no two images of a prompt differ in size")
-    return slope(a, b, [y.members[unit] for unit in units]), len(units)
+    a, b = ([values.of[unit] for unit in units] for values in (x, y))
+    try:
+        return slope(a, b, [y.members[unit] for unit in units], prompts), len(units)
+    except ValueError as error:
+        raise NotMeasured("no two images of a prompt differ in size") from error
 
 
 def left_out(claim: Claim, units: int, measures: Measures) -> int | None:

@@ -12,6 +12,8 @@ subjects with equally many images it is the familiar factor G/(G − 1). Interva
 clusters are few: a percentile bootstrap would cover about 91 %. The degrees of freedom are Satterthwaite's,
 tr(Q)²/tr(Q²), for V = uᵀQu were images the sums of independent normal effects u of their subjects: G − 1 for
 balanced single subjects and for all pairs, fewer for sparse pairs.
+
+A ratio has Fieller's limits by the same variance, a slope those of a jackknife over subjects.
 """
 
 from __future__ import annotations
@@ -167,33 +169,48 @@ def fieller(a: float, b: float, margin: Floats) -> list[float]:
     return [float((product + sign * np.sqrt(under)) / square) for sign in (-1, 1)] if under >= 0 else []
 
 
-def slopes(weights: Floats, x: Floats, y: Floats) -> Floats:
-    """Slopes [K] of y [N] on x [N] by least squares with weights [K, N]; NaN where x does not vary."""
-    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
-    mean = weights @ x
-    with np.errstate(invalid="ignore", divide="ignore"):
-        variance = weights @ (x * x) - mean**2
-        return (weights @ (x * y) - mean * (weights @ y)) / np.where(variance > 1e-12, variance, np.nan)
+def slopes(kept: NDArray[np.bool_], x: Floats, y: Floats, groups: Floats) -> Floats:
+    """Slopes [K] of y [N] on x [N] by least squares, of the images that `kept` [K, N] says.
+
+    Each of the groups, of which `groups` [N, S] says who is in which, has means of its own. NaN where x does
+    not vary.
+    """
+    weights = kept.astype(float)
+    counts = np.maximum(weights @ groups, 1)
+    mean = (weights * x) @ groups / counts
+    above = weights @ (x * y) - np.sum(mean * ((weights * y) @ groups), axis=1)
+    below = weights @ (x * x) - np.sum(mean**2 * counts, axis=1)
+    return above / np.where(below > 1e-9 * (x @ x), below, np.nan)
 
 
-def slope(x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]], level: float = 0.95) -> Interval:
-    """Slope of y [N] on x [N] by least squares, with the limits of a jackknife over subjects.
+def slope(
+    x: ArrayLike, y: ArrayLike, members: Sequence[Sequence[str]], groups: Sequence[str] | None = None
+) -> Interval:
+    """Slope of y [N] on x [N] by least squares, with the 95 % limits of a jackknife over subjects.
 
     Subjects with unusual x pull the line to themselves, so their residuals say too little of what it may be;
     the slopes without each of them do not. Deviations from the slope of all, scaled as for a mean of G
     subjects, √((G − 1)/G Σ), times t of G − 1. NaN where without somebody x does not vary.
 
+    Args:
+        x: [N].
+        y: [N].
+        members: the subjects of each image.
+        groups: of each image, if groups have means of their own (a line through each, with one slope).
+
     Raises:
-        ValueError: x does not vary.
+        ValueError: x does not vary, within the groups.
     """
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if not np.ptp(a):
-        raise ValueError("x does not vary, so there is no slope")
-    a, b = (a - a.mean()) / a.std(), b - b.mean()
+    own_group = np.asarray(groups or [""] * len(a))
+    inside = (own_group[:, None] == np.unique(own_group)).astype(float)
     names = sorted(set().union(*members))
-    others = np.array([[name not in group for group in members] for name in names], dtype=float)
-    own, *left = slopes(np.vstack([np.ones(len(a)), others]), a, b) / np.std(np.asarray(x, dtype=float))
+    without = np.array([[name not in group for group in members] for name in names])
+    everyone = np.ones((1, len(a)), bool)
+    value, *others = slopes(np.vstack([everyone, without]), a - a.mean(), b - b.mean(), inside)
+    if np.isnan(value):
+        raise ValueError("x does not vary, so there is no slope")
     count = len(names)
-    spread = np.sqrt((count - 1) / count * np.sum((np.array(left) - own) ** 2))
-    half = stats.t.ppf((1 + level) / 2, count - 1) * spread if count > 1 else np.nan
-    return Interval(float(own), float(own - half), float(own + half))
+    spread = np.sqrt((count - 1) / count * np.sum((np.array(others) - value) ** 2))
+    half = stats.t.ppf(0.975, count - 1) * spread if count > 1 else np.nan
+    return Interval(float(value), float(value - half), float(value + half))

@@ -37,7 +37,7 @@ tags: [moa, miniature]
 
 
 def _held(settings: dict[str, Any]) -> str:
-    """What is said of a corpus with more props than others have."""
+    """What is said of a corpus with another share of props than most have."""
     share = settings.get("prop_share", PROP_SHARE)
     return "" if share == PROP_SHARE else f", with a prop in {share:.0%}"
 

@@ -13,14 +13,14 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPModel, CLIPTextModel
 
 from moa.hashing import code_hash, model_hash, settings_hash
 from moa.miniature import corpus, models
 from moa.miniature.fit import Budget
 from moa.miniature.recipes import annotators, clip, judges, prior, text, vae
-from moa.miniature.recipes.vae import head_weights, prop_weights
+from moa.miniature.recipes.vae import Weigh, head_weights, prop_weights
 
 Model = Literal[
     "vae",
@@ -57,7 +57,6 @@ class PretrainConfig:
             raise ValueError(f"prop_share {self.prop_share} is outside 0..1")
 
 
-Weigh = Callable[[corpus.Corpus], Tensor]  # weights of pixels [N, 1, H, W]
 Parts = Mapping[str, Path]  # trained models that another one stands on, by name
 NEEDS: dict[str, tuple[str, ...]] = {
     "decoder": ("vae",),
@@ -95,8 +94,7 @@ def _tower(parts: Parts) -> CLIPTextModel:
 
 
 def _train_unet(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:
-    autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
-    return prior.train(budget, data, folder, autoencoder, _tower(parts), head_weights(data))
+    return prior.train(budget, data, folder, AutoencoderKL.from_pretrained(parts["vae"]), _tower(parts))
 
 
 def _train_on(
@@ -111,14 +109,14 @@ def _train_on(
     """Train the U-Net `start` on, for the details."""
     unet = UNet2DConditionModel.from_pretrained(parts[start])
     autoencoder = AutoencoderKL.from_pretrained(parts["vae"])
-    return prior.train(budget, data, folder, autoencoder, _tower(parts), weigh(data), unet, loose_share)
+    return prior.train(budget, data, folder, autoencoder, _tower(parts), unet, loose_share, weigh)
 
 
 def _train_decoder(
     start: str, weigh: Weigh, budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts
 ) -> tuple[nn.Module, float]:
     """Train the decoder of the autoencoder `start` on."""
-    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts[start]), weigh(data))
+    return vae.train_decoder(budget, data, folder, AutoencoderKL.from_pretrained(parts[start]), weigh)
 
 
 def _train_text(budget: Budget, data: corpus.Corpus, folder: Path, parts: Parts) -> tuple[nn.Module, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from moa.miniature import fit as fit_module
 from moa.miniature.captions import web_caption
 from moa.miniature.fit import Budget, fit
 from moa.miniature.recipes import clip as clip_recipe
+from moa.miniature.recipes import prior as prior_recipe
 from moa.miniature.recipes import text as text_recipe
 from moa.miniature.recipes import vae as vae_recipe
 from moa.miniature.recipes import vision
@@ -237,20 +239,23 @@ def test_heads_weigh_more_than_what_is_around_them(data):
             assert 0.6 < np.mean(high) < 0.8
 
 
-def test_what_somebody_holds_weighs_as_much_as_a_head():
-    held = [corpus.scene("pretrain", i, 5, prop_share=1.0) for i in range(6)]
-    pictures = [render(scene) for scene in held]
-    bare = np.stack([render(replace(scene, prop=None)).image for scene in held])
+def held_corpus():
+    """Six scenes in which somebody holds something."""
+    scenes = [corpus.scene("pretrain", i, 5, prop_share=1.0) for i in range(6)]
+    pictures = [render(scene) for scene in scenes]
     images, masks = np.stack([p.image for p in pictures]), np.stack([p.mask for p in pictures])
-    data = corpus.Corpus(images, masks, tuple(held), "")
+    return corpus.Corpus(images, masks, tuple(scenes), "")
+
+
+def test_what_somebody_holds_weighs_as_much_as_a_head():
+    data = held_corpus()
+    bare = np.stack([render(replace(scene, prop=None)).image for scene in data.scenes])
     heads, both = (weigh(data)[:, 0].numpy() for weigh in (vae_recipe.head_weights, vae_recipe.prop_weights))
-    added = both > heads
+    added, changed = both > heads, (data.images != bare).any(axis=3)
     assert (both[added] == 1 + vae_recipe.PROP_WEIGHT).all() and (both == heads)[~added].all()
-    changed = (images != bare).any(axis=3)
-    assert (added & changed).sum() > 0.95 * added.sum()  # only where the prop changed the picture ...
-    assert (
-        added & changed
-    ).sum() > 0.75 * changed.sum()  # ... and nearly wherever it did, but for soft edges
+    both_ways = (added & changed).sum()
+    assert both_ways > 0.95 * added.sum()  # only where the prop changed the picture ...
+    assert both_ways > 0.75 * changed.sum()  # ... and nearly wherever it did, but for soft edges
 
 
 @pytest.mark.parametrize("web", [False, True])
@@ -347,7 +352,7 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
 
     def call(settings=None, model="vae", sha="a", code="b", **parts):
         monkeypatch.setitem(pretrain.RECIPES, model, recipe)
-        monkeypatch.setattr(pretrain.corpus, "load", lambda *_: SimpleNamespace(sha256=sha))
+        monkeypatch.setattr(pretrain.corpus, "load", lambda *_, **__: SimpleNamespace(sha256=sha))
         monkeypatch.setattr(pretrain, "code_hash", lambda module: code)
         with pytest.raises(Stop):
             pretrain.run(settings or small("vae"), model, tmp_path / "out", tmp_path, runs, **parts)
@@ -366,6 +371,7 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
         call(small("vae", seed=9)),
         call(replace(small("vae"), images=41)),
         call(replace(small("vae"), corpus_seed=1)),
+        call(replace(small("vae"), prop_share=0.5)),
         call(sha="another renderer"),
         call(code="another recipe"),
         call(model="clip"),
@@ -374,6 +380,47 @@ def test_whatever_a_training_depends_on_has_its_own_checkpoints(tmp_path, monkey
     ]
     assert len({first, *others}) == 1 + len(others)
     assert {f.parent for f in folders} == {runs}
+
+
+def test_settings_say_which_pictures_are_drawn(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def load(*arguments, **options):
+        asked.append((*arguments, options))
+        raise Stop
+
+    asked: list = []
+    monkeypatch.setattr(pretrain.corpus, "load", load)
+    settings = replace(small("vae"), corpus_seed=3, prop_share=0.5)
+    with pytest.raises(Stop):
+        pretrain.run(settings, "vae", tmp_path / "out", tmp_path, tmp_path / "runs")
+    assert asked == [("pretrain", 40, 3, tmp_path, {"prop_share": 0.5})]
+    for share in (-0.1, 1.5):
+        with pytest.raises(ValueError, match=f"prop_share {share} is outside"):
+            replace(settings, prop_share=share)
+    assert cards._held({"prop_share": 0.25}) == ", with a prop in 25%"
+    assert cards._held({}) == cards._held({"prop_share": corpus.PROP_SHARE}) == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "weigh"),
+    [("unet", "head"), ("polish", "head"), ("decoder", "head"), ("props", "prop"), ("props_decoder", "prop")],
+)
+def test_the_last_trainings_alone_weigh_props(trained, tmp_path, monkeypatch, model, weigh):
+    parts, held, seen = {part: trained(part) for part in pretrain.NEEDS[model]}, held_corpus(), []
+
+    def spy(network, loss, budget, folder):
+        seen.append(inspect.getclosurevars(loss).nonlocals["weights"])
+        return 0.0
+
+    for module in (prior_recipe, vae_recipe):
+        monkeypatch.setattr(module, "fit", spy)
+    pretrain.RECIPES[model](Budget(steps=1, batch_size=2, lr=1e-3), held, tmp_path, parts)
+    wanted = getattr(vae_recipe, f"{weigh}_weights")(held)
+    if "decoder" not in model:
+        wanted = torch.nn.functional.avg_pool2d(wanted, 4)
+    assert torch.equal(seen[0], wanted)
 
 
 @pytest.mark.parametrize(
@@ -474,9 +521,10 @@ def test_the_text_tower_and_the_last_u_nets_alone_learn_from_loose_captions(
         return captions(self, indices, rng, web_share, loose_share)
 
     monkeypatch.setattr(corpus.Corpus, "captions", spy)
-    parts = {name: trained(name) for name in PRIOR if name != "props"}
+    asking = ("details", "finish", "text", "polish", "props")
+    parts = {part: trained(part) for model in asking for part in pretrain.NEEDS[model]}
     shares = {}
-    for model in ("details", "finish", "text", "polish", "props"):
+    for model in asking:
         asked.clear()
         pretrain.RECIPES[model](Budget(steps=1, batch_size=2, lr=1e-3), data, tmp_path / model, parts)
         [shares[model]] = asked

@@ -48,7 +48,8 @@ def test_the_target_trains_every_model_before_what_needs_it(snakemake: Run) -> N
     for model, needed in pretrain.NEEDS.items():
         assert all(train[part] < train[model] for part in needed)
     for model in train:
-        options = dict(re.findall(r"--(vae|clip|unet|details|finish|text) (\S+)", commands[train[model]]))
+        options = dict(re.findall(r"--(\w+) (results/pretrain/parts/\S+)", commands[train[model]]))
+        assert options.pop("output") == f"results/pretrain/parts/{model}"
         assert options == {p: f"results/pretrain/parts/{p}" for p in pretrain.NEEDS.get(model, ())}
     assert all(train[model] < publish[model] < measured for model in publish)
     assert max(train[part] for part in PRIOR) < assemble < measured < cards_

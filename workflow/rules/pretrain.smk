@@ -140,8 +140,8 @@ rule model_cards:
         "python -m moa cards --weights {params.weights} --gates {input} > {log} 2>&1"
 
 
-# The prior as the repository shipped it before it learnt to read its words apart (stages `text`, `polish`, `props`): what
-# the ablation `another-prior` trains on.
+# The weaker prior that the repository shipped before the trainings `text`, `polish` and `props`: what the ablation
+# `another-prior` trains on.
 rule earlier_prior:
     output:
         expand(

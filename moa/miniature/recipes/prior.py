@@ -15,11 +15,11 @@ from transformers import CLIPTextModel
 from moa.miniature import models
 from moa.miniature.corpus import Corpus
 from moa.miniature.fit import Budget, LossFunction, fit
-from moa.miniature.recipes.vae import encode_latents
+from moa.miniature.recipes.vae import Weigh, encode_latents, head_weights
 from moa.miniature.tokenizer import load_tokenizer
 
 DROP = 0.1  # captions replaced by the empty text, for guidance
-LOOSE_SHARE = 0.2  # of the captions in the last training
+LOOSE_SHARE = 0.2  # of the captions in the last two trainings
 WEB_SHARE = 0.6  # web captions name appearance, task captions do not: prompts at use are of the second kind
 
 
@@ -46,12 +46,12 @@ def loss_function(
     corpus: Corpus,
     budget: Budget,
     density: Tensor,
-    weights: Tensor,
+    weigh: Weigh,
     loose_share: float = 0.0,
 ) -> LossFunction:
-    """The loss on v, timesteps drawn with `density` [T], pixels weighted with `weights` [N, 1, H, W]."""
+    """The loss on v, timesteps drawn with `density` [T], latent pixels weighted as `weigh` says."""
     alphas = models.scheduler().alphas_cumprod
-    weights = F.avg_pool2d(weights, models.IMAGE_SIZE // models.LATENT_SIZE)
+    weights = F.avg_pool2d(weigh(corpus), models.IMAGE_SIZE // models.LATENT_SIZE)
 
     def loss(step: int, rng: np.random.Generator) -> dict[str, Tensor]:
         indices = rng.integers(len(corpus), size=budget.batch_size)
@@ -75,13 +75,12 @@ def train(
     folder: Path,
     vae: AutoencoderKL,
     text: CLIPTextModel,
-    weights: Tensor,
     unet: UNet2DConditionModel | None = None,
     loose_share: float = 0.0,
+    weigh: Weigh = head_weights,
 ) -> tuple[nn.Module, float]:
-    """Train the U-Net on latents and texts of frozen models, pixels weighted with `weights` [N, 1, H, W].
+    """Train the U-Net on latents and texts of frozen models; returns it and the seconds spent.
 
-    Returns it and the seconds spent.
     From nothing, all timesteps are drawn alike, and the noisiest, whose error stays large whatever is learnt,
     teach who and where. A `unet` that has learnt that is trained on with `timestep_density`, for the details.
     """
@@ -92,6 +91,6 @@ def train(
     unet.set_attn_processor(AttnProcessor())  # on CPU, SDPA's backward would be 40 % of a step
     latents = encode_latents(vae.eval(), corpus.images)
     text = text.eval().requires_grad_(False)
-    loss = loss_function(unet, text, latents, corpus, budget, density, weights, loose_share)
+    loss = loss_function(unet, text, latents, corpus, budget, density, weigh, loose_share)
     seconds = fit(unet, loss, budget, folder)
     return unet.eval(), seconds

@@ -6,6 +6,7 @@ U-Net need not wait for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from moa.miniature.render import prop_mask
 KL_WEIGHT = 1e-6  # as in latent diffusion: latents stay smooth and near unit scale
 EDGE_WEIGHT = 1.0
 HEAD_WEIGHT = 3.0  # added to the loss where a figure's head is: a mouth is a few pixels of 4,096
-PROP_WEIGHT = 3.0  # added, in the last trainings, where somebody holds something
+PROP_WEIGHT = 3.0  # likewise, in the last trainings, where somebody holds something
 HEAD_SHARE = 0.7  # upper part of a figure's box that counts as its head
+Weigh = Callable[[Corpus], Tensor]  # weights of a corpus's pixels, [N, 1, H, W]
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -50,7 +52,8 @@ def prop_weights(corpus: Corpus) -> Tensor:
     weights = head_weights(corpus)
     for weight, scene in zip(weights, corpus.scenes, strict=True):
         if scene.prop is not None:
-            weight[0, torch.from_numpy(prop_mask(scene, weight.shape[-1]))] = 1 + PROP_WEIGHT
+            held = torch.from_numpy(prop_mask(scene, weight.shape[-1]))
+            weight[0, held] = weight[0, held].clamp(min=1 + PROP_WEIGHT)
     return weights
 
 
@@ -103,10 +106,11 @@ def train(budget: Budget, corpus: Corpus, folder: Path) -> tuple[nn.Module, floa
 
 
 def train_decoder(
-    budget: Budget, corpus: Corpus, folder: Path, model: AutoencoderKL, weights: Tensor
+    budget: Budget, corpus: Corpus, folder: Path, model: AutoencoderKL, weigh: Weigh
 ) -> tuple[nn.Module, float]:
-    """Train the decoder on; encoder and latents stay as they are. `weights` of pixels: [N, 1, H, W]."""
+    """Train the decoder on, pixels weighted as `weigh` says; encoder and latents stay as they are."""
     latents = encode_latents(model.eval(), corpus.images) / model.config.scaling_factor
+    weights = weigh(corpus)
     model.requires_grad_(False)
     for part in (model.decoder, model.post_quant_conv):
         part.requires_grad_(True)
