@@ -28,6 +28,12 @@ def cliques(*sizes: int) -> list[tuple[str, str]]:
     ]
 
 
+def swaps_of_pairs(size: int) -> list[tuple[str, ...]]:
+    """Pairs of a ring of men and women in turn, one for another that is named alike, as in `table2_multi`."""
+    pairs = ring(size)
+    return [(*one, *other) for start in (0, 1) for one, other in combinations(pairs[start::2], 2)]
+
+
 DESIGNS = {
     "single": [(name,) for name in SUBJECTS],
     "pairs": list(combinations(SUBJECTS, 2)),
@@ -36,6 +42,7 @@ DESIGNS = {
     "paper's swaps": cliques(6, 9),
     "ring of 8": ring(8),  # the validation subjects
     "swaps of 8": cliques(4, 4),
+    "swaps of pairs": swaps_of_pairs(14),
 }
 EFFECTS = {  # of the subjects, all with mean 0 and spread 1
     "normal": lambda rng, size: rng.normal(size=size),
@@ -79,11 +86,12 @@ def simulated(
     return x + noise * rng.normal(size=x.shape)
 
 
-FIFTEEN, EIGHT = list(DESIGNS)[:5], list(DESIGNS)[5:]
+FIFTEEN, EIGHT = list(DESIGNS)[:5], list(DESIGNS)[5:7]
 COVERAGE = [  # the table of docs/metrics.md
     *((design, "normal", noise, 0.93, 0.97) for design in FIFTEEN for noise in (0, 0.3, 1)),
     *((design, "normal", noise, 0.93, 0.985) for design in FIFTEEN for noise in (3, 10)),
     *((design, "normal", noise, 0.95, 1.0) for design in EIGHT for noise in (0, 0.3, 1, 3, 10)),
+    *(("swaps of pairs", "normal", noise, 0.92, 0.99) for noise in (0, 0.3, 1, 3, 10)),
     *((design, "skewed", noise, 0.90, 0.93) for design in FIFTEEN for noise in (0, 0.3)),
     *((design, "very skewed", noise, 0.84, 0.90) for design in FIFTEEN for noise in (0, 0.3)),
 ]
@@ -108,8 +116,8 @@ def test_coverage_where_counts_differ(design, gaps, noise):
     kept = np.random.default_rng(5).random(len(members)) > 1 / 3 if gaps else image <= sets % 8
     rows = np.flatnonzero(kept)
     _, low, high = cluster_intervals(x[rows], [members[row] for row in rows])
-    most = 1.0 if design in EIGHT else 0.985
-    assert 0.93 <= ((low <= 0) & (high >= 0)).mean() <= most
+    most = 1.0 if design in EIGHT else 0.99
+    assert 0.915 <= ((low <= 0) & (high >= 0)).mean() <= most
 
 
 @pytest.mark.parametrize("noise", [0.3, 1])
@@ -176,7 +184,7 @@ def test_an_exact_ratio_is_exact():
 
 
 def lines(rng: np.random.Generator, members: list[tuple[str, ...]], kind: str, noise: float):
-    """x and y = x/2 + effects, of 4 images a set: subjects' `own` slopes, an x that is theirs, or groups."""
+    """x and y = x/2 + effects, of 4 images a set: subjects' own `slopes`, an `x` of theirs, or `groups`."""
     sets = np.array([[SUBJECTS.index(name) for name in group] for group in members])
 
     def effects() -> np.ndarray:
@@ -184,16 +192,16 @@ def lines(rng: np.random.Generator, members: list[tuple[str, ...]], kind: str, n
 
     size = 4 * len(members)
     x = {
-        "own": lambda: rng.normal(size=size),
-        "theirs": lambda: effects() + 0.5 * rng.normal(size=size),
+        "slopes": lambda: rng.normal(size=size),
+        "x": lambda: effects() + 0.5 * rng.normal(size=size),
         "groups": lambda: np.tile([0.0, 0.0, 1.0, 1.0], len(members)),
     }[kind]()
-    y = 0.5 * x + effects() + (effects() * x if kind != "theirs" else 0)
+    y = 0.5 * x + effects() + (effects() * x if kind != "x" else 0)
     return x, y + np.repeat(noise * rng.normal(size=len(members)), 4) + noise * rng.normal(size=size)
 
 
 @pytest.mark.parametrize("noise", [0.3, 1])
-@pytest.mark.parametrize("kind", ["own", "theirs", "groups"])
+@pytest.mark.parametrize("kind", ["slopes", "x", "groups"])
 @pytest.mark.parametrize("design", ["single", "pairs", "ring", "swaps", "ring of 8", "swaps of 8"])
 def test_slope_covers(design, kind, noise):
     """400 repeats know a share to ±.02."""

@@ -101,11 +101,14 @@ def test_tuning_trains_once_for_trials_that_sample_differently(snakemake: Run) -
     jobs = dict(re.findall(r"^(tun\w+|trial\w+) +(\d+)$", done.stdout, re.MULTILINE))
     each = dict.fromkeys(("trial_generate", "trial_score", "trial_kept"), str(len(grid)))
     assert jobs == each | {"tune": "1", "trial_train": str(len(trained)), "tuning_table": "1"}
+    looked = re.findall(r"^look_at_references +(\d+)$", done.stdout, re.MULTILINE)
+    assert set(looked) == {"1"}  # for all trials
 
 
 def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(snakemake: Run) -> None:
     """Two trainings of each method, one of each ablation that trains, and one set of the prior's images."""
     full = yaml.safe_load((ROOT / "config/full.yaml").read_text())
+    assert full["methods"] == yaml.safe_load((ROOT / "tests/workflow/full.yaml").read_text())["methods"]
     arguments = ["full", "--dry-run", "--printshellcmds", "--configfile", "config/full.yaml"]
     done = snakemake(*arguments, "--set-threads", "train=1")
     said = done.stdout + done.stderr
@@ -117,6 +120,9 @@ def test_the_full_run_trains_generates_and_scores_what_its_configuration_says(sn
     assert jobs["trial_train"] == sum("train" in changes for changes in ablations) + other_priors
     assert jobs["trial_generate"] == jobs["trial_score"] == len(ablations) + 1 + other_priors
     assert jobs["earlier_prior"] == other_priors == 1
+    assert (
+        jobs["look_at_references"] == 2
+    )  # of the test subjects, and of those of validation for the ablations
     assert jobs["trial_preserved"] == len(ablations)
     assert "--output results/full/train/moa-seed-1 " in said
     assert "--folder fastcomposer-seed-1" in said
