@@ -77,6 +77,7 @@ def test_jpeg_and_resized_tensors_hardly_move_the_means(monkeypatch):
     print(f"\n{len(saved)} images")
     for name, change in moved.items():
         print(f"{name:30} mean {change.mean():+.4f}, mean size {abs(change).mean():.4f}")
-    for change, size in zip(moved.values(), (0.002, 0.002, 0.02), strict=True):
+    limits = [(0.002, 0.0005), (0.002, 0.0005), (0.02, 0.01)]  # a judge that sees 64 pixels: docs/metrics.md
+    for change, (size, shift) in zip(moved.values(), limits, strict=True):
         assert 0 < abs(change).mean() < size
-        assert abs(change.mean()) < size / 4
+        assert abs(change.mean()) < shift
