@@ -293,6 +293,14 @@ def test_a_method_that_learns_each_subject_gets_every_table(snakemake: Run, weig
     assert [name for name in wanted if name not in said] == []
 
 
+def test_the_configuration_of_textual_inversion_trains_nothing_else(snakemake: Run) -> None:
+    table = "results/textual_inversion/tables/main.md"
+    done = snakemake("--dry-run", "--configfile", "config/textual_inversion.yaml", "--", table)
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    assert (jobs["learn_subjects"], jobs["score"], "train" in jobs) == ("5", "2", False)
+
+
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
