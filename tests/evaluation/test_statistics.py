@@ -117,7 +117,7 @@ def test_coverage_where_counts_differ(design, gaps, noise):
     rows = np.flatnonzero(kept)
     _, low, high = cluster_intervals(x[rows], [members[row] for row in rows])
     most = 1.0 if design in EIGHT else 0.99
-    assert 0.915 <= ((low <= 0) & (high >= 0)).mean() <= most
+    assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= most
 
 
 @pytest.mark.parametrize("noise", [0.3, 1])
@@ -210,7 +210,7 @@ def test_slope_covers(design, kind, noise):
     for _ in range(400):
         found = slope(*lines(rng, DESIGNS[design], kind, noise), members)
         inside += found.low <= 0.5 <= found.high
-    assert 0.9 <= inside / 400 <= 0.99
+    assert 0.92 <= inside / 400 <= (0.98 if design in ("single", "pairs") else 0.985)
 
 
 def test_slope_is_least_squares_and_that_of_a_mean_for_two_groups():
