@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from moa.evaluation.protocol import (
     subject_sets,
 )
 
-PAPER, MINIATURE = Path("config/protocol/paper.yaml"), Path("config/protocol/miniature.yaml")
+PAPER, MINIATURE, FULL = (Path(f"config/protocol/{name}.yaml") for name in ("paper", "miniature", "full"))
 
 
 SUBJECTS = {
@@ -199,7 +200,8 @@ def test_swap_shares_noise_between_subjects_only(paper):
     assert len({min(values) for values in seeds.values()}) == len(seeds)
 
 
-def test_miniature_prompts_are_in_its_own_language():
+@pytest.mark.parametrize("path", [MINIATURE, FULL])
+def test_miniature_prompts_are_in_its_own_language(path):
     from moa.miniature import world
     from moa.miniature.tokenizer import load_tokenizer
 
@@ -209,7 +211,7 @@ def test_miniature_prompts_are_in_its_own_language():
     )  # fmt: skip
     known = {w for v in vocabularies for texts in v.values() for text in texts for w in text.split()}
     known |= {"a", "an", "and", "in", "holding", "woman"}
-    tokenizer, protocol = load_tokenizer(), load(MINIATURE)
+    tokenizer, protocol = load_tokenizer(), load(path)
     for split in protocol.splits.values():
         for kind in split.kinds.values():
             for prompt in kind.prompts:
@@ -218,13 +220,27 @@ def test_miniature_prompts_are_in_its_own_language():
                 assert len(tokenizer(text).input_ids) <= tokenizer.model_max_length, text
 
 
-def test_validation_prompts_are_not_test_prompts():
-    protocol = load(MINIATURE)
+@pytest.mark.parametrize(("test", "validation"), itertools.product([MINIATURE, FULL], repeat=2))
+def test_validation_prompts_are_not_test_prompts(test, validation):
     used = [
-        {p.template for kind in protocol.split(split).kinds.values() for p in kind.prompts}
-        for split in ("test", "validation")
+        {p.template for kind in load(path).split(split).kinds.values() for p in kind.prompts}
+        for path, split in ((test, "test"), (validation, "validation"))
     ]
     assert not used[0] & used[1]
+
+
+def test_the_full_run_scores_nobody_whom_the_default_run_has_scored():
+    from moa.miniature.dataset import choose_subjects
+    from moa.miniature.world import identities, is_held_out
+
+    settings = [yaml.safe_load(Path(f"config/{name}.yaml").read_text()) for name in ("miniature", "full")]
+    default, full = (choose_subjects("test", s["render"]["subjects_test"]) for s in settings)
+    chosen = [i for i in full if i.id in load(FULL).split("test").subjects]
+    assert {i.id for i in chosen} == set(load(FULL).split("test").subjects)
+    assert not {i.id for i in chosen} & {i.id for i in default}
+    assert {i.id for i in full} == {i.id for i in identities("test")}
+    novel = Counter((i.class_word, is_held_out(i.attributes)) for i in chosen)
+    assert novel == {(word, kind): 5 if kind else 4 for word in ("man", "woman") for kind in (True, False)}
 
 
 def test_a_number_of_subjects_takes_both_words_in_turn_from_all_over():
