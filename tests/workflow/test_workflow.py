@@ -185,6 +185,12 @@ def test_ablations_of_the_paper_preset_are_asked_for_by_a_file_of_their_own(snak
     assert "results/paper/tables/ablations.md" in done.stdout + done.stderr
 
 
+def test_both_presets_have_the_ablations_of_the_papers_appendix() -> None:
+    for name in ("full", "paper_ablations"):
+        ablations = yaml.safe_load((ROOT / f"config/{name}.yaml").read_text())["ablations"]["moa"]
+        assert {"no-moa-layer", "no-spacetime", "another-prior"} <= set(ablations), name
+
+
 def test_a_wrong_ablation_stops_before_anything_runs(snakemake: Run) -> None:
     wrong = {"ablations": {"moa": {"default": {}, "odd": {"train": {"rooter": "none"}}}}}
     done = snakemake("--dry-run", config=wrong)
