@@ -26,6 +26,7 @@ from moa.evaluation.table import FORMS, Table, limits, save
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, NOT_MEASURABLE = "not measured", "not measurable here"
 SIGNS = {"above": "> ", "below": "< ", "apart": "beyond ±"}
+ENDS = "least, most: of the values with one training alone, where several differ in their seed."
 BANDS = 3  # of subjects' sizes, with equally many images of all methods
 
 
@@ -168,8 +169,27 @@ def left_out(claim: Claim, units: int, measures: Measures) -> int | None:
     return made - units
 
 
-def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
-    """A row of the ledger."""
+def ends(values: Sequence[float]) -> dict[str, float]:
+    """least and most of the values by training; nothing if there are fewer than two."""
+    return {"least": min(values), "most": max(values)} if len(values) > 1 else {}
+
+
+def by_training(claim: Claim, measures: Measures, parts: Mapping[int, Measures]) -> list[float]:
+    """The effect with each of the trainings that all of its trained methods share, seed by seed.
+
+    `parts` has the measures of each training. Nothing if one of them lacks what the claim needs.
+    """
+    methods = [method for method in (claim.method, claim.minus, claim.over) if method]
+    seeds = [own for method in methods if (own := measures.seeds(claim.kind, claim.metric, method))]
+    shared = sorted(set.intersection(*seeds) & parts.keys()) if seeds else []
+    try:
+        return [effect_of(claim, parts[seed])[0].mean for seed in shared]
+    except NotMeasured:
+        return []
+
+
+def judge(claim: Claim, measures: Measures, parts: Mapping[int, Measures] | None = None) -> dict[str, Any]:
+    """A row of the ledger; `parts` as in `by_training`."""
     row: dict[str, Any] = {"claim": claim.claim, "section": claim.section, "note": claim.note}
     if not claim.metric:
         return row | {"verdict": NOT_MEASURABLE}
@@ -179,8 +199,9 @@ def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
         effect, units = effect_of(claim, measures)
     except NotMeasured as missing:
         return row | {"verdict": NOT_MEASURED, "note": "; ".join(filter(None, (str(missing), claim.note)))}
-    counts = {"units": units, "left_out": left_out(claim, units, measures)}
-    return row | counts | limits("value", effect) | {"verdict": verdict(effect, claim.side, claim.bound)}
+    row |= {"units": units, "left_out": left_out(claim, units, measures)} | limits("value", effect)
+    row |= ends(by_training(claim, measures, parts or {}))
+    return row | {"verdict": verdict(effect, claim.side, claim.bound)}
 
 
 def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
@@ -194,6 +215,8 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
         "value",
         "value_low",
         "value_high",
+        "least",
+        "most",
         "holds_if",
         "verdict",
         "note",
@@ -203,9 +226,16 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
         "bound, does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
         "Left out: images, or pairs, that were made but have no value, for nobody was found, or too little "
         "is beside them. Section: of the paper; `ours` where the paper does not say so.",
+        ENDS,
         "Not measured: this run lacks the images. Not measurable here: nothing in this project tests it.",
     )
-    return Table(columns, [judge(claim, measures) for claim in claims], notes)
+    parts = by_seed(measures)
+    return Table(columns, [judge(claim, measures, parts) for claim in claims], notes)
+
+
+def by_seed(measures: Measures) -> dict[int, Measures]:
+    """The measures of each training by its seed."""
+    return {seed: measures.of_training(seed) for seed in measures.trainings}
 
 
 # --- The measures themselves ------------------------------------------------------------------------------
@@ -213,14 +243,15 @@ def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
 
 def overview(measures: Measures) -> Table:
     """Mean and interval of every measure, by kind and method."""
-    table = []
+    table, parts = [], by_seed(measures)
     for kind, metric, method in sorted(measures, key=lambda key: (*key[:2], _rank(key[2]))):
-        values = measures.get(kind, metric, method)
+        values, seeds = measures.get(kind, metric, method), measures.seeds(kind, metric, method)
         about = {"kind": kind, "metric": metric, "method": method, "units": len(values)}
-        table.append(about | limits("value", values.mean()))
-    columns = ("kind", "metric", "method", "units", "value", "value_low", "value_high")
+        own = [parts[seed].get(kind, metric, method).mean().mean for seed in sorted(seeds)]
+        table.append(about | limits("value", values.mean()) | ends(own))
+    columns = ("kind", "metric", "method", "units", "value", "value_low", "value_high", "least", "most")
     note = "docs/metrics.md has the formulas. Units: images, or pairs of images, that have a value."
-    return Table(columns, table, (note,))
+    return Table(columns, table, (note, ENDS))
 
 
 def _rank(method: str) -> tuple[int, str]:

@@ -32,19 +32,20 @@ Rows = Sequence[Mapping[str, Any]]
 OCCLUDED = "occluded"  # the kind whose subjects are shown in partly hidden photos
 MEASURE = pa.schema(
     [
-        pa.field(name, kind, nullable=False)
+        pa.field(name, kind, nullable=name == "train_seed")
         for name, kind in {
             "metric": pa.string(),
             "method": pa.string(),
             "split": pa.string(),
             "kind": pa.string(),
+            "train_seed": pa.int64(),  # of which training; null if the method is not trained
             "group": pa.string(),  # of the prompt
             "unit": pa.string(),  # the image or pair of images; methods are paired by it
             "members": pa.list_(pa.string()),  # the subjects that it belongs to
             "value": pa.float64(),
         }.items()
     ],
-    metadata={"moa_schema": "measure/1"},
+    metadata={"moa_schema": "measure/2"},
 )
 
 
@@ -128,7 +129,8 @@ def measure_row(row: Mapping[str, Any], metric: str, value: float | None, **chan
     """The `MEASURE` row of a sample, if there is a value."""
     if value is not None:
         group = row.get("prompt_group", "")
-        about = {name: row[name] for name in ("method", "split", "kind")} | {"group": group}
+        about = {name: row[name] for name in ("method", "split", "kind")}
+        about |= {"train_seed": row.get("train_seed"), "group": group}
         own = changes or {"unit": unit_of(row), "members": row["members"]}
         yield {"metric": metric, "value": float(value), **about, **own}
 
@@ -397,6 +399,19 @@ class Measures:
     def with_rows(self, rows: Iterable[Mapping[str, Any]]) -> Measures:
         """These measures and more of them."""
         return Measures([*self._all, *rows])
+
+    @property
+    def trainings(self) -> list[int]:
+        """Seeds of the trainings that there are."""
+        return sorted({row["train_seed"] for row in self._all} - {None})
+
+    def of_training(self, seed: int) -> Measures:
+        """What was measured of this training, and of methods that are not trained."""
+        return Measures(row for row in self._all if row["train_seed"] in (None, seed))
+
+    def seeds(self, kind: str, metric: str, method: str) -> set[int]:
+        """Seeds of the trainings of which there is a value."""
+        return {row["train_seed"] for row in self._rows.get((kind, metric, method), ())} - {None}
 
     def asked(self, kind: str, metric: str, method: str, group: str | None = None) -> set[str] | None:
         """The units that were made, with a value of the metric or not; None if that is unknown."""

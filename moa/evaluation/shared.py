@@ -77,7 +77,11 @@ def comparisons(rows: Sequence[Row], base: Sequence[Row]) -> Iterator[tuple[str,
     for key, pairs in groups.items():
         trained = sorted({one["train_seed"] for one, _ in pairs} - {None})
         for seed in trained or [None]:
-            own = [(one, other) for one, other in pairs if one["train_seed"] in (None, seed)]
+            own = [
+                (one | {"train_seed": seed}, other)
+                for one, other in pairs
+                if one["train_seed"] in (None, seed)
+            ]
             if {one["method"] for one, _ in own} == methods:
                 yield str(key[0]), own
 

@@ -63,6 +63,36 @@ def test_a_claim_is_tested_by_the_paired_difference(measured):
     assert (row["left_out"], claims.judge(Claim("c", "1", "size"), measured)["left_out"]) == (0, 2)
 
 
+def test_what_another_training_moves_stands_beside_the_effect():
+    """An effect with one training alone is that of a run that has no other."""
+    base = make_rows("single", ("prior", "moa", "fastcomposer"))
+    own = [row for row in base if row["method"] == "moa"]
+    other = [{**row, "train_seed": 1, "ip": row["ip"] + 0.1 + 0.01 * n} for n, row in enumerate(own)]
+    rivals = [{**row, "train_seed": 0} for row in base if row["method"] == "fastcomposer"]
+    prior = [row for row in base if row["method"] == "prior"]
+    found = Measures(measures.of_samples([*prior, *own, *other, *rivals]))
+    alone = [Measures(measures.of_samples([*prior, *part])) for part in (own, other)]
+    listed = [
+        Claim("difference", "1", "ip", minus="prior"),
+        Claim("share", "1", "ip", over="prior"),
+        Claim("mean", "1", "ip"),
+        Claim("rival has one", "1", "ip", minus="fastcomposer"),
+        Claim("untrained", "1", "ip", method="prior"),
+        Claim("missing", "1", "leak"),
+    ]
+    rows = claims.ledger(listed, found).rows
+    for claim, row in zip(listed[:3], rows[:3], strict=True):
+        values = [judge(claim, part)["value"] for part in alone]
+        assert (row["least"], row["most"]) == (min(values), max(values)), claim.claim
+        assert row["least"] < row["value"] < row["most"]
+    assert rows[0]["most"] - rows[0]["least"] == pytest.approx(np.mean(0.1 + 0.01 * np.arange(12)))
+    assert all("least" not in row and "most" not in row for row in rows[3:])
+    table = {(row["metric"], row["method"]): row for row in claims.overview(found).rows}
+    moa, prior_ip = table["ip", "moa"], table["ip", "prior"]
+    assert [moa[end] for end in ("least", "most")] == [judge(listed[2], part)["value"] for part in alone]
+    assert "least" not in prior_ip and "least" not in table["ip", "fastcomposer"]
+
+
 def test_an_equal_method_passes_with_a_margin_and_a_worse_one_does_not():
     """Equal but for chance: with the bound 0 of "more than", undecided."""
     rng = np.random.default_rng(0)

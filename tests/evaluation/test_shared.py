@@ -124,7 +124,8 @@ def test_another_training_changes_no_value(results):
         features.write(results / f"{method}-features.parquet", seen)
     rows = [row for row in compare(results) if row["metric"] == "swap_ssim_shared" and row["method"] == "moa"]
     assert len(rows) > len(before)
-    assert all(before[row["unit"]] in [r["value"] for r in rows if r["unit"] == row["unit"]] for row in rows)
+    assert {row["unit"]: row["value"] for row in rows if row["train_seed"] == 0} == before
+    assert {row["train_seed"] for row in rows} == {0, 1}
 
 
 def test_without_a_prior_swaps_are_compared_alone(results):
