@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -229,17 +230,32 @@ def test_validation_prompts_are_not_test_prompts(test, validation):
     assert not used[0] & used[1]
 
 
-def test_the_full_run_scores_nobody_whom_the_default_run_has_scored():
+def test_the_full_run_shares_nothing_with_what_was_looked_at_before():
+    """No subject and no prompt, hence no noise, of the default run's or of tuning's."""
     from moa.miniature.dataset import choose_subjects
     from moa.miniature.world import identities, is_held_out
 
-    settings = [yaml.safe_load(Path(f"config/{name}.yaml").read_text()) for name in ("miniature", "full")]
-    default, full = (choose_subjects("test", s["render"]["subjects_test"]) for s in settings)
-    chosen = [i for i in full if i.id in load(FULL).split("test").subjects]
-    assert {i.id for i in chosen} == set(load(FULL).split("test").subjects)
-    assert not {i.id for i in chosen} & {i.id for i in default}
-    assert {i.id for i in full} == {i.id for i in identities("test")}
-    novel = Counter((i.class_word, is_held_out(i.attributes)) for i in chosen)
+    settings = [
+        yaml.safe_load(Path(f"config/{name}.yaml").read_text())["render"] for name in ("miniature", "full")
+    ]
+    default, full = settings[0], settings[0] | settings[1]
+    for split in ("test", "validation"):
+        before, now = load(MINIATURE).split(split), load(FULL).split(split)
+        photos = [
+            [
+                SimpleNamespace(id=i.id, word=i.class_word)
+                for i in choose_subjects(split, s[f"subjects_{split}"])
+            ]
+            for s in (default, full)
+        ]
+        used = photos[0] if split == "test" else before.choose(photos[0])
+        chosen = now.choose(photos[1])
+        assert not {p.id for p in chosen} & {p.id for p in used}
+        templates = [{p.template for kind in s.kinds.values() for p in kind.prompts} for s in (before, now)]
+        assert not templates[0] & templates[1]
+    by_id = {i.id: i for i in identities("test")}
+    looks = [by_id[name] for name in load(FULL).split("test").subjects]
+    novel = Counter((i.class_word, is_held_out(i.attributes)) for i in looks)
     assert novel == {(word, kind): 5 if kind else 4 for word in ("man", "woman") for kind in (True, False)}
 
 
