@@ -60,8 +60,8 @@ SECTIONS = (
     Section(
         "What the paper claims",
         "A claim holds if the whole 95 % interval of its effect is on the claimed side of the bound, does "
-        "not hold if it is wholly on the other, and is undecided if the bound lies inside. docs/metrics.md "
-        "has the formulas.",
+        "not hold if it is wholly on the other, and is undecided if the bound lies inside. least and most, "
+        "where there are several trainings, are with one alone. docs/metrics.md has the formulas.",
         ("tables/claims.csv", "tables/metrics.csv", "tables/sizes.csv"),
         tallied="verdict",
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +23,16 @@ from moa.evaluation.groups import ORDER, by_method
 from moa.evaluation.measures import MEASURE, Measures, Values, everything
 from moa.evaluation.statistics import Interval, interval, slope
 from moa.evaluation.table import FORMS, Table, limits, save
+from moa.trained import TRAINED
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 NOT_MEASURED, NOT_MEASURABLE = "not measured", "not measurable here"
 SIGNS = {"above": "> ", "below": "< ", "apart": "beyond ±"}
-ENDS = "least, most: of the values with one training alone, where several differ in their seed."
+ENDS = (
+    "least, most: of the values with one training alone, of methods trained apart with each choice of one of "
+    "either, where several differ in their seed. Only what has a value with each training is in them, so "
+    "`value`, of all, may lie outside. The interval does not contain what another training moves.",
+)
 BANDS = 3  # of subjects' sizes, with equally many images of all methods
 
 
@@ -174,22 +180,30 @@ def ends(values: Sequence[float]) -> dict[str, float]:
     return {"least": min(values), "most": max(values)} if len(values) > 1 else {}
 
 
-def by_training(claim: Claim, measures: Measures, parts: Mapping[int, Measures]) -> list[float]:
-    """The effect with each of the trainings that all of its trained methods share, seed by seed.
+def choices(claim: Claim, measures: Measures) -> list[dict[str, int]]:
+    """Each choice of one training, by its seed, of every trained method of a claim.
 
-    `parts` has the measures of each training. Nothing if one of them lacks what the claim needs.
+    Trainings are taken seed by seed where methods have the same weights, or were measured with one mask.
     """
-    methods = [method for method in (claim.method, claim.minus, claim.over) if method]
-    seeds = [own for method in methods if (own := measures.seeds(claim.kind, claim.metric, method))]
-    shared = sorted(set.intersection(*seeds) & parts.keys()) if seeds else []
+    methods = dict.fromkeys(method for method in (claim.method, claim.minus, claim.over) if method)
+    found = {method: measures.seeds(claim.kind, claim.metric, method) for method in methods}
+    seeds = {method: sorted(own) for method, own in found.items() if own}
+    if claim.metric.endswith("_shared") or len({TRAINED.get(method, method) for method in seeds}) == 1:
+        common = set.intersection(*map(set, seeds.values())) if seeds else set()
+        return [dict.fromkeys(seeds, seed) for seed in sorted(common)]
+    return [dict(zip(seeds, choice, strict=True)) for choice in product(*seeds.values())]
+
+
+def by_training(claim: Claim, measures: Measures) -> list[float]:
+    """The effect with each of the `choices`; nothing if one of them lacks what the claim needs."""
     try:
-        return [effect_of(claim, parts[seed])[0].mean for seed in shared]
+        return [effect_of(claim, measures.of_trainings(seeds))[0].mean for seeds in choices(claim, measures)]
     except NotMeasured:
         return []
 
 
-def judge(claim: Claim, measures: Measures, parts: Mapping[int, Measures] | None = None) -> dict[str, Any]:
-    """A row of the ledger; `parts` as in `by_training`."""
+def judge(claim: Claim, measures: Measures) -> dict[str, Any]:
+    """A row of the ledger."""
     row: dict[str, Any] = {"claim": claim.claim, "section": claim.section, "note": claim.note}
     if not claim.metric:
         return row | {"verdict": NOT_MEASURABLE}
@@ -200,42 +214,31 @@ def judge(claim: Claim, measures: Measures, parts: Mapping[int, Measures] | None
     except NotMeasured as missing:
         return row | {"verdict": NOT_MEASURED, "note": "; ".join(filter(None, (str(missing), claim.note)))}
     row |= {"units": units, "left_out": left_out(claim, units, measures)} | limits("value", effect)
-    row |= ends(by_training(claim, measures, parts or {}))
+    row |= ends(by_training(claim, measures))
     return row | {"verdict": verdict(effect, claim.side, claim.bound)}
 
 
 def ledger(claims: Sequence[Claim], measures: Measures) -> Table:
     """One row for each claim."""
-    columns = (
-        "claim",
-        "section",
-        "effect",
-        "units",
-        "left_out",
-        "value",
-        "value_low",
-        "value_high",
-        "least",
-        "most",
-        "holds_if",
-        "verdict",
-        "note",
-    )
+    rows = [judge(claim, measures) for claim in claims]
+    about, value = ("claim", "section", "effect", "units", "left_out"), ("value", "value_low", "value_high")
+    columns = (*about, *value, *shown_ends(rows), "holds_if", "verdict", "note")
     notes = (
         "A claim holds if the effect's whole 95 % interval, over subjects, is on the claimed side of the "
         "bound, does not hold if it is wholly on the other, and is undecided if the bound lies inside.",
         "Left out: images, or pairs, that were made but have no value, for nobody was found, or too little "
         "is beside them. Section: of the paper; `ours` where the paper does not say so.",
-        ENDS,
+        "Claims about the router, and about ablations (`moa:...`), are of validation subjects and of one "
+        "training; the others of test subjects.",
+        *(ENDS if shown_ends(rows) else ()),
         "Not measured: this run lacks the images. Not measurable here: nothing in this project tests it.",
     )
-    parts = by_seed(measures)
-    return Table(columns, [judge(claim, measures, parts) for claim in claims], notes)
+    return Table(columns, rows, notes)
 
 
-def by_seed(measures: Measures) -> dict[int, Measures]:
-    """The measures of each training by its seed."""
-    return {seed: measures.of_training(seed) for seed in measures.trainings}
+def shown_ends(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The columns of `ends`, if some row has them."""
+    return ("least", "most") if any("least" in row for row in rows) else ()
 
 
 # --- The measures themselves ------------------------------------------------------------------------------
@@ -243,15 +246,15 @@ def by_seed(measures: Measures) -> dict[int, Measures]:
 
 def overview(measures: Measures) -> Table:
     """Mean and interval of every measure, by kind and method."""
-    table, parts = [], by_seed(measures)
+    table = []
     for kind, metric, method in sorted(measures, key=lambda key: (*key[:2], _rank(key[2]))):
-        values, seeds = measures.get(kind, metric, method), measures.seeds(kind, metric, method)
+        values = measures.get(kind, metric, method)
         about = {"kind": kind, "metric": metric, "method": method, "units": len(values)}
-        own = [parts[seed].get(kind, metric, method).mean().mean for seed in sorted(seeds)]
-        table.append(about | limits("value", values.mean()) | ends(own))
-    columns = ("kind", "metric", "method", "units", "value", "value_low", "value_high", "least", "most")
+        alone = by_training(Claim("", "", metric, kind, method), measures)
+        table.append(about | limits("value", values.mean()) | ends(alone))
+    columns = ("kind", "metric", "method", "units", "value", "value_low", "value_high", *shown_ends(table))
     note = "docs/metrics.md has the formulas. Units: images, or pairs of images, that have a value."
-    return Table(columns, table, (note, ENDS))
+    return Table(columns, table, (note, *(ENDS if shown_ends(table) else ())))
 
 
 def _rank(method: str) -> tuple[int, str]:

@@ -7,6 +7,7 @@ is opened.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -388,6 +389,7 @@ class Measures:
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         self._all = list(rows)
+        self._only: dict[str, int] = {}
         self._rows: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
         for row in self._all:
             self._rows.setdefault((row["kind"], row["metric"], row["method"]), []).append(row)
@@ -400,14 +402,14 @@ class Measures:
         """These measures and more of them."""
         return Measures([*self._all, *rows])
 
-    @property
-    def trainings(self) -> list[int]:
-        """Seeds of the trainings that there are."""
-        return sorted({row["train_seed"] for row in self._all} - {None})
+    def of_trainings(self, seeds: Mapping[str, int]) -> Measures:
+        """The same measures, but of each method in `seeds` those of the training with that seed alone.
 
-    def of_training(self, seed: int) -> Measures:
-        """What was measured of this training, and of methods that are not trained."""
-        return Measures(row for row in self._all if row["train_seed"] in (None, seed))
+        Units without a value in one of its trainings are left out, so that all are of the same units.
+        """
+        chosen = copy.copy(self)
+        chosen._only = dict(seeds)
+        return chosen
 
     def seeds(self, kind: str, metric: str, method: str) -> set[int]:
         """Seeds of the trainings of which there is a value."""
@@ -422,8 +424,19 @@ class Measures:
         """The values, of one group of prompts or of all; empty if nothing was measured."""
         values: dict[str, list[float]] = {}
         members: dict[str, Sequence[str]] = {}
-        for row in self._rows.get((kind, metric, method), ()):
+        for row in self._chosen(kind, metric, method):
             if group in (None, row["group"]):
                 values.setdefault(row["unit"], []).append(row["value"])
                 members[row["unit"]] = row["members"]
         return Values({unit: float(np.mean(values[unit])) for unit in sorted(values)}, members)
+
+    def _chosen(self, kind: str, metric: str, method: str) -> Rows:
+        """The rows of all trainings, or of the one that was chosen."""
+        rows = self._rows.get((kind, metric, method), [])
+        if method not in self._only:
+            return rows
+        found: dict[str, set[int | None]] = {}
+        for row in rows:
+            found.setdefault(row["unit"], set()).add(row["train_seed"])
+        every = set().union(*found.values())
+        return [r for r in rows if r["train_seed"] == self._only[method] and found[r["unit"]] == every]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,34 +65,79 @@ def test_a_claim_is_tested_by_the_paired_difference(measured):
     assert (row["left_out"], claims.judge(Claim("c", "1", "size"), measured)["left_out"]) == (0, 2)
 
 
-def test_what_another_training_moves_stands_beside_the_effect():
-    """An effect with one training alone is that of a run that has no other."""
-    base = make_rows("single", ("prior", "moa", "fastcomposer"))
-    own = [row for row in base if row["method"] == "moa"]
-    other = [{**row, "train_seed": 1, "ip": row["ip"] + 0.1 + 0.01 * n} for n, row in enumerate(own)]
-    rivals = [{**row, "train_seed": 0} for row in base if row["method"] == "fastcomposer"]
-    prior = [row for row in base if row["method"] == "prior"]
-    found = Measures(measures.of_samples([*prior, *own, *other, *rivals]))
-    alone = [Measures(measures.of_samples([*prior, *part])) for part in (own, other)]
-    listed = [
-        Claim("difference", "1", "ip", minus="prior"),
-        Claim("share", "1", "ip", over="prior"),
-        Claim("mean", "1", "ip"),
-        Claim("rival has one", "1", "ip", minus="fastcomposer"),
-        Claim("untrained", "1", "ip", method="prior"),
-        Claim("missing", "1", "leak"),
+def again(rows, **changes):
+    """The rows of another training, each value moved by what a function makes of its place."""
+    return [
+        {**row, "train_seed": 1} | {name: row[name] + more(n) for name, more in changes.items()}
+        for n, row in enumerate(rows)
     ]
-    rows = claims.ledger(listed, found).rows
-    for claim, row in zip(listed[:3], rows[:3], strict=True):
-        values = [judge(claim, part)["value"] for part in alone]
-        assert (row["least"], row["most"]) == (min(values), max(values)), claim.claim
+
+
+def of(rows, method):
+    return [row for row in rows if row["method"] == method]
+
+
+def test_what_another_training_moves_stands_beside_the_effect():
+    """An effect with one training alone is that of a run without another; of two methods with each choice."""
+    base = make_rows("single", ("prior", "moa", "fastcomposer", "moa_wrong_subject"))
+    base = [row | {"train_seed": None if row["method"] == "prior" else 0} for row in base]
+    trainings = {
+        "prior": [of(base, "prior")],
+        "moa": [own := of(base, "moa"), again(own, ip=lambda n: 0.1 + 0.01 * n)],
+        "fastcomposer": [own := of(base, "fastcomposer"), again(own, ip=lambda n: 0.05)],
+        "moa_wrong_subject": [own := of(base, "moa_wrong_subject"), again(own, ip=lambda n: -0.03)],
+    }
+    found = Measures(measures.of_samples([row for parts in trainings.values() for p in parts for row in p]))
+    moa, choose = Claim("c", "1", "ip"), itertools.product((0, 1), repeat=2)
+    for claim, other, choices in (
+        (moa, "prior", [(0, 0), (1, 0)]),
+        (replace(moa, minus="prior"), "prior", [(0, 0), (1, 0)]),
+        (replace(moa, over="prior"), "prior", [(0, 0), (1, 0)]),
+        (replace(moa, minus="fastcomposer"), "fastcomposer", list(choose)),
+        (replace(moa, minus="moa_wrong_subject"), "moa_wrong_subject", [(0, 0), (1, 1)]),  # the same weights
+    ):
+        row = judge(claim, found)
+        alone = [
+            judge(claim, Measures(measures.of_samples([*trainings["moa"][a], *trainings[other][b]])))["value"]
+            for a, b in choices
+        ]
+        assert (row["least"], row["most"]) == pytest.approx((min(alone), max(alone))), claim.effect
         assert row["least"] < row["value"] < row["most"]
-    assert rows[0]["most"] - rows[0]["least"] == pytest.approx(np.mean(0.1 + 0.01 * np.arange(12)))
-    assert all("least" not in row and "most" not in row for row in rows[3:])
+    for claim in (replace(moa, method="prior"), replace(moa, metric="leak"), Claim("c", "1", note="n")):
+        assert not {"least", "most"} & judge(claim, found).keys()
     table = {(row["metric"], row["method"]): row for row in claims.overview(found).rows}
-    moa, prior_ip = table["ip", "moa"], table["ip", "prior"]
-    assert [moa[end] for end in ("least", "most")] == [judge(listed[2], part)["value"] for part in alone]
-    assert "least" not in prior_ip and "least" not in table["ip", "fastcomposer"]
+    assert table["ip", "moa"]["most"] == judge(moa, found)["most"]
+    assert "least" not in table["ip", "prior"]
+
+
+def test_a_training_that_lost_somebody_is_compared_over_what_all_have():
+    own = of(make_rows("single", ("moa",)), "moa")
+    rows = [row | {"found": True} for row in (*own, *again(own, ip=lambda n: 0.1))]
+    lost = {"found": False, "ip": 0.0}
+    rows[0] |= lost
+    rows[-1] |= lost
+    kept = own[1:-1]
+    mean = sum(row["ip"] for row in kept) / len(kept)
+    judged = judge(Claim("c", "1", "found_ip"), Measures(measures.of_samples(rows)))
+    assert (judged["least"], judged["most"]) == pytest.approx((mean, mean + 0.1))
+
+
+def test_trainings_measured_with_one_mask_are_taken_seed_by_seed():
+    rows = [
+        {**next(measures.measure_row(row, "swap_ssim_shared", value)), "method": method}
+        for method, values in {"moa": (0.5, 0.9), "fastcomposer": (0.4, 0.7)}.items()
+        for seed, value in enumerate(values)
+        for row in [r | {"train_seed": seed} for r in of(make_rows("swap", ("moa",)), "moa")]
+    ]
+    judged = judge(Claim("c", "1", "swap_ssim_shared", "swap", minus="fastcomposer"), Measures(rows))
+    assert [judged[name] for name in ("least", "value", "most")] == pytest.approx([0.1, 0.15, 0.2])
+
+
+def test_one_training_has_no_columns_for_what_another_moves(measured):
+    listed = [Claim("c", "1", "ip", minus="prior")]
+    for table in (claims.ledger(listed, measured), claims.overview(measured)):
+        assert not {"least", "most"} & {*table.columns}
+        assert not any("least" in note for note in table.notes)
 
 
 def test_an_equal_method_passes_with_a_margin_and_a_worse_one_does_not():
@@ -251,7 +298,7 @@ def test_what_the_prior_alone_draws_is_said():
     preset = yaml.safe_load((ROOT / "config/miniature.yaml").read_text(encoding="utf-8"))
     below = f"personalize_below {preset['train']['moa']['personalize_below']}"
     given = re.compile(r"(prior|seed)_|swap_(psnr|ssim|lpips)")
-    kept = [c for c in claims.read_claims(LEDGER) if given.match(c.metric) and c.kind != "table2_multi"]
+    kept = [c for c in claims.read_claims(LEDGER) if given.match(c.metric)]
     assert len(kept) >= 8
     assert [claim.claim for claim in kept if below not in claim.note] == []
 
