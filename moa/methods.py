@@ -114,7 +114,7 @@ class MethodConfig:
     image_encoder: ModelSource
     trained: Path | None = None  # folder that training wrote; None for methods without training
     sampling: Sampling = field(default_factory=Sampling)
-    pool: tuple[Subject, ...] = ()  # all subjects of the protocol; the wrong subject is one of them
+    pool: tuple[Subject, ...] = ()  # all who have a photo; the wrong subject is one of them
     device: str = "cpu"
 
     @property
@@ -178,8 +178,8 @@ WRONG_SUBJECT = "moa_wrong_subject"  # the method that shows others, by `wrong_s
 def wrong_subjects(wanted: Sequence[Subject], pool: Sequence[Subject]) -> tuple[Subject, ...]:
     """For every wanted subject another one of the pool, of the same word, that the request does not want.
 
-    The choice is the next fitting subject in the order of ids, going round; so over a whole protocol of
-    single subjects it is a derangement. Keeping the word keeps the prompt true: only the identity is wrong.
+    The choice is the next fitting subject in the order of ids, going round; so over single requests for the
+    whole pool it is a derangement. Keeping the word keeps the prompt true: only the identity is wrong.
 
     Raises:
         ValueError: the pool has no other subject with that word.

@@ -89,7 +89,9 @@ class Split:
         missing = [name for name in self.subjects if name not in ordered]
         if missing:
             raise ValueError(
-                f"no photo of the protocol's subjects {', '.join(missing)}; make them, or change `subjects`"
+                f"no photo of the protocol's subjects {', '.join(missing)}: have them drawn (the miniature's "
+                "`render.subjects_test` and `subjects_validation` say how many are), bring them, or change "
+                "the protocol's `subjects`"
             )
         return [ordered[name] for name in self.subjects]
 

@@ -44,7 +44,7 @@ class RenderConfig:
     pairs: float = 0.3  # share of photos with two people
     props: float = 0.15  # share of photos in which something is held before a face or chest
     subjects_validation: int = 24  # identities on which choices are made, one photo each
-    subjects_test: int = 30  # identities that are scored once, one photo each
+    subjects_test: int = 30  # identities that are scored, one photo each
 
     def __post_init__(self) -> None:
         for name in ("size", "train", "validation", "shard_size", "subjects_validation", "subjects_test"):
